@@ -1,0 +1,55 @@
+"""From groups with verdicts to samples with advantages."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_prorl.algo.advantage import group_advantages, reinforce_pp_baseline
+from megatron_prorl.algo.shaping import soft_overlong_penalties, unterminated_penalties
+from megatron_prorl.config.schema import AlgorithmConfig, ShapingConfig
+from megatron_prorl.types import Group, Sample
+
+
+def label(groups: list[Group], algorithm: AlgorithmConfig, *, max_response_tokens: int) -> list[list[Sample]]:
+    """One list of samples a group, in the groups' order; the shaped reward becomes one advantage for every response token."""
+    if not groups:
+        return []
+    rewards_PG = torch.tensor(
+        [shaped_rewards(group, algorithm.shaping, max_response_tokens=max_response_tokens) for group in groups],
+        dtype=torch.float64,
+    )
+    match algorithm.advantage:
+        case "grpo":
+            advantages_PG = group_advantages(rewards_PG)
+        case "reinforce_pp_baseline":
+            advantages_PG = reinforce_pp_baseline(rewards_PG)
+    return [
+        [
+            Sample(
+                token_ids=group.prompt_token_ids + rollout.completion.token_ids,
+                trained=[False] * len(group.prompt_token_ids) + [True] * len(rollout.completion.token_ids),
+                sampler_logprobs=[0.0] * len(group.prompt_token_ids) + rollout.completion.sampler_logprobs,
+                advantage=advantage,
+                weight_version=rollout.completion.weight_version,
+            )
+            for rollout, advantage in zip(group.rollouts, advantages_G, strict=True)
+        ]
+        for group, advantages_G in zip(groups, advantages_PG.tolist(), strict=True)
+    ]
+
+
+def shaped_rewards(group: Group, shaping: ShapingConfig, *, max_response_tokens: int) -> list[float]:
+    """The verifier's scores of a group, less the penalties for length and for a missing end token."""
+    completions = [rollout.completion for rollout in group.rollouts]
+    overlong = soft_overlong_penalties(
+        [len(completion.token_ids) for completion in completions],
+        max_response_tokens=max_response_tokens,
+        buffer_tokens=shaping.overlong_buffer_tokens,
+        penalty=shaping.overlong_penalty,
+    )
+    unterminated = unterminated_penalties(
+        [completion.finish_reason for completion in completions], penalty=shaping.unterminated_penalty
+    )
+    return [
+        rollout.verdict.score + a + b for rollout, a, b in zip(group.rollouts, overlong, unterminated, strict=True)
+    ]

@@ -1,0 +1,1 @@
+"""Samples to balanced packed microbatches."""

@@ -1,0 +1,87 @@
+"""The `prorl` command. What a user can fix is one line on stderr and exit code 2; anything else keeps its traceback.
+
+Nothing heavy is imported until a command needs it: a mistake in a configuration is told before torch is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from megatron_prorl import __version__
+from megatron_prorl.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `prorl ARGV` and return its exit code."""
+    from megatron_prorl.launch.local import end_with_launcher, let_the_cause_speak, report_user_error
+
+    end_with_launcher()
+    args = _parse(argv)
+    try:
+        return _train(args)
+    except UserError as error:
+        report_user_error(error)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        let_the_cause_speak(error)
+        raise
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="prorl", description="Prolonged reinforcement learning for language models.")
+    parser.add_argument("--version", action="version", version=f"prorl {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train, or go on training, the run that a configuration describes")
+    train.add_argument("config", help="YAML file; see examples/")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="for example optimizer.learning_rate=1e-6")
+    train.add_argument("--dry-run", action="store_true", help="check the configuration, print it in full, and stop")
+
+    # argparse gives `overrides` up at the first option, so those after --dry-run come back as unknown.
+    args, late = parser.parse_known_args(argv)
+    if any(word.startswith("-") for word in late):
+        train.error(f"unrecognized arguments: {' '.join(late)}")
+    args.overrides += late
+    return args
+
+
+def _train(args: argparse.Namespace) -> int:
+    from megatron_prorl.config.checks import model_problems
+    from megatron_prorl.config.load import ConfigError, dump_config, load_config
+    from megatron_prorl.config.run_dir import check_run_dir, record_config
+    from megatron_prorl.launch.local import check_world_size, launch_ranks
+
+    cfg = load_config(args.config, args.overrides)
+    if args.dry_run and not os.path.isdir(cfg.model.path):
+        print(f"warning: model.path: {cfg.model.path}: model not found yet, so not checked", file=sys.stderr)
+    elif problems := model_problems(cfg):
+        raise ConfigError(problems)
+    check_run_dir(cfg)
+    if args.dry_run:
+        print(dump_config(cfg), end="")
+        return 0
+
+    rank, layout = os.environ.get("RANK"), cfg.parallel
+    if rank is None and layout.nodes == 1 and layout.ranks_per_node > 1:
+        command = ["-m", "megatron_prorl.cli", "train", args.config, *args.overrides]
+        return launch_ranks(command, num_ranks=layout.ranks_per_node)
+    check_world_size(cfg)
+    if rank in (None, "0"):
+        record_config(cfg)
+
+    # Megatron-Core says so a dozen times at import; both are optional, and Apex is not used at all.
+    warnings.filterwarnings("ignore", r"(Transformer Engine and )?Apex (is|are) not installed")
+    from megatron_prorl.train import run
+
+    run(cfg)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""What one field cannot know: options that must fit each other, and the model folder. Each problem is one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_prorl.config.schema import Config
+
+
+def config_problems(cfg: Config) -> list[str]:
+    """Options that contradict each other, as `where: what is wrong`; empty when all is well."""
+    return [
+        *_layout_problems(cfg),
+        *_precision_problems(cfg),
+        *_batch_problems(cfg),
+        *_algorithm_problems(cfg),
+        *_engine_problems(cfg),
+    ]
+
+
+def _layout_problems(cfg: Config) -> list[str]:
+    p = cfg.parallel
+    problems = []
+    ranks_a_replica = p.tensor * p.pipeline * p.context
+    if p.world_size % ranks_a_replica:
+        problems.append(
+            f"parallel: tensor*pipeline*context = {p.tensor}*{p.pipeline}*{p.context} = {ranks_a_replica} "
+            f"does not divide world size {p.world_size}"
+        )
+    if p.sequence and p.tensor == 1:
+        problems.append("parallel.sequence: needs parallel.tensor above 1")
+    if p.context > 1 and (cfg.device == "cpu" or cfg.model.layers == "local"):
+        problems.append(
+            f"parallel.context: {p.context} needs Transformer Engine attention: device cuda, "
+            "model.layers transformer_engine or auto"
+        )
+    return problems
+
+
+def _precision_problems(cfg: Config) -> list[str]:
+    model = cfg.model
+    problems = []
+    if model.layers == "transformer_engine" and cfg.device == "cpu":
+        problems.append("model.layers: transformer_engine needs device cuda; use local or auto")
+    if model.fp8 != "none":
+        if model.layers == "local" or cfg.device == "cpu":
+            problems.append(
+                f"model.fp8: {model.fp8} needs device cuda and model.layers transformer_engine or auto, "
+                f"got device {cfg.device} and layers {model.layers}"
+            )
+        if model.dtype != "bf16":
+            problems.append(f"model.fp8: {model.fp8} needs model.dtype bf16, got {model.dtype}")
+    return problems
+
+
+def _batch_problems(cfg: Config) -> list[str]:
+    rollout, updates, data_ranks = cfg.rollout, cfg.optimizer.updates_per_step, cfg.parallel.data
+    problems = []
+    samples = rollout.prompts_per_step * rollout.rollouts_per_prompt
+    if rollout.prompts_per_step % updates:
+        problems.append(
+            f"optimizer.updates_per_step: {updates} does not divide "
+            f"rollout.prompts_per_step = {rollout.prompts_per_step}"
+        )
+    elif samples // updates < data_ranks:
+        problems.append(
+            "rollout: prompts_per_step*rollouts_per_prompt/updates_per_step = "
+            f"{rollout.prompts_per_step}*{rollout.rollouts_per_prompt}/{updates} = {samples // updates} samples "
+            f"an update, fewer than the {data_ranks} data-parallel ranks"
+        )
+    longest = rollout.max_prompt_tokens + rollout.max_response_tokens
+    if cfg.batching.tokens_per_microbatch < longest:
+        problems.append(
+            f"batching.tokens_per_microbatch: {cfg.batching.tokens_per_microbatch} is below the longest sample, "
+            "rollout.max_prompt_tokens + rollout.max_response_tokens = "
+            f"{rollout.max_prompt_tokens} + {rollout.max_response_tokens} = {longest}"
+        )
+    if cfg.data.validation_problems < len(cfg.data.tasks):
+        problems.append(
+            f"data.validation_problems: {cfg.data.validation_problems} is below "
+            f"the number of data.tasks, {len(cfg.data.tasks)}"
+        )
+    return problems
+
+
+def _algorithm_problems(cfg: Config) -> list[str]:
+    algorithm = cfg.algorithm
+    problems = []
+    correction = algorithm.correction
+    if correction.low >= correction.high:
+        problems.append(f"algorithm.correction: low = {correction.low:g} must be below high = {correction.high:g}")
+    overlong = algorithm.shaping.overlong_buffer_tokens
+    if overlong >= cfg.rollout.max_response_tokens:
+        problems.append(
+            f"algorithm.shaping.overlong_buffer_tokens: {overlong} must be below rollout.max_response_tokens = "
+            f"{cfg.rollout.max_response_tokens}"
+        )
+    if cfg.reset.every_steps and algorithm.kl.coefficient == 0:
+        problems.append(
+            f"reset.every_steps: {cfg.reset.every_steps} resets a reference model that algorithm.kl.coefficient = 0 "
+            "does not use; set reset.every_steps to 0 or the coefficient above 0"
+        )
+    return problems
+
+
+def _engine_problems(cfg: Config) -> list[str]:
+    engines = cfg.rollout.engines
+    last_port = engines.port + engines.count - 1
+    if engines.port and last_port > 65535:
+        return [
+            f"rollout.engines: port + count - 1 = {engines.port} + {engines.count} - 1 = {last_port} is above 65535"
+        ]
+    return []
+
+
+def model_problems(cfg: Config) -> list[str]:
+    """What the model folder refuses: missing files, a layout that does not divide it, sequences too long for it."""
+    folder = Path(cfg.model.path)
+    if not folder.is_dir():
+        return [
+            f"model.path: {folder}: no such folder; give a folder with config.json, *.safetensors and tokenizer.json"
+        ]
+    missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
+    if not any(folder.glob("*.safetensors")):
+        missing.append("*.safetensors")
+    if missing:
+        return [f"model.path: {folder} has no {', no '.join(missing)}"]
+    documents = {}
+    for name in ("config.json", "tokenizer.json"):
+        try:
+            documents[name] = json.loads((folder / name).read_bytes())
+        except ValueError as error:
+            return [f"model.path: {folder / name} is not JSON: {error}"]
+    try:
+        return _shape_problems(cfg, documents["config.json"]) + _vocabulary_problems(folder, documents)
+    except KeyError as error:
+        return [f"model.path: {folder / 'config.json'} has no {error.args[0]}"]
+
+
+def _shape_problems(cfg: Config, hf: dict[str, Any]) -> list[str]:
+    heads = hf["num_attention_heads"]
+    divisions = [
+        ("parallel.tensor", cfg.parallel.tensor, "attention heads", heads),
+        ("parallel.tensor", cfg.parallel.tensor, "key-value heads", hf.get("num_key_value_heads") or heads),
+        ("parallel.tensor", cfg.parallel.tensor, "feed-forward columns", hf["intermediate_size"]),
+        ("parallel.pipeline", cfg.parallel.pipeline, "layers", hf["num_hidden_layers"]),
+        ("rollout.engines.tensor", cfg.rollout.engines.tensor, "attention heads", heads),
+    ]
+    problems = [
+        f"{option}: {parts} does not divide the model's {whole} {name}"
+        for option, parts, name, whole in divisions
+        if whole % parts
+    ]
+    prompt, response = cfg.rollout.max_prompt_tokens, cfg.rollout.max_response_tokens
+    if prompt + response > hf["max_position_embeddings"]:
+        problems.append(
+            f"rollout: max_prompt_tokens + max_response_tokens = {prompt} + {response} = {prompt + response} "
+            f"is above the model's max_position_embeddings = {hf['max_position_embeddings']}"
+        )
+    return problems
+
+
+def _vocabulary_problems(folder: Path, documents: dict[str, Any]) -> list[str]:
+    tokenizer, vocabulary = documents["tokenizer.json"], documents["config.json"]["vocab_size"]
+    pieces = tokenizer["model"]["vocab"]
+    ids = list(pieces.values()) if isinstance(pieces, dict) else [len(pieces) - 1]  # Unigram lists [piece, score]
+    last_id = max(ids + [token["id"] for token in tokenizer.get("added_tokens", [])])
+    if last_id >= vocabulary:
+        return [
+            f"model.path: {folder / 'tokenizer.json'} has token id {last_id}, but the model's vocab_size is "
+            f"{vocabulary}; they are not of the same model"
+        ]
+    return []

@@ -1,0 +1,77 @@
+"""The configuration a run directory was made with: kept beside the run, and compared when the run goes on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_prorl.config.load import ConfigError, dump_config, read_yaml
+from megatron_prorl.config.schema import Config
+
+# What a resumed run may change: none of these alters what is learned from which data.
+# The layout may change because checkpoints reshard on load.
+MAY_CHANGE = (
+    "run_dir",
+    "steps",
+    "parallel",
+    "batching",
+    "checkpoint",
+    "tracking",
+    "model.recompute",
+    "rollout.engines",
+    "verifier.workers",
+)
+
+
+def check_run_dir(cfg: Config) -> None:
+    """Raise ConfigError, naming what differs, when `cfg.run_dir` holds checkpoints of another configuration."""
+    run_dir = Path(cfg.run_dir)
+    recorded = run_dir / "config.yaml"
+    if not recorded.is_file() or not any((run_dir / "checkpoints").glob("step-*")):
+        return
+    before, now = _flatten(read_yaml(recorded)), _flatten(cfg.model_dump())
+    changed = [
+        f"{key} was {_value(before, key)}, is {_value(now, key)}"
+        for key in sorted(before.keys() | now.keys())
+        if _value(before, key) != _value(now, key) and not _may_change(key)
+    ]
+    if changed:
+        raise ConfigError(
+            [
+                f"run_dir: {run_dir} was made with another configuration: {'; '.join(changed)}; "
+                "use a new run_dir or put it back"
+            ]
+        )
+
+
+def record_config(cfg: Config) -> None:
+    """Write `config.yaml` to the run directory, by rename."""
+    target = Path(cfg.run_dir) / "config.yaml"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = target.with_suffix(".tmp")
+        draft.write_text(dump_config(cfg), encoding="utf-8")
+        os.replace(draft, target)
+    except OSError as error:
+        raise ConfigError([f"run_dir: cannot write {target}: {(error.strerror or str(error)).lower()}"]) from None
+
+
+def _may_change(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE)
+
+
+def _value(flat: dict[str, Any], key: str) -> Any:
+    return flat.get(key, "absent")
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key to leaf; an empty mapping or list is a leaf."""
+    if not isinstance(tree, dict | list) or not tree:
+        return {prefix: tree}
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    return {
+        key: leaf
+        for name, child in items
+        for key, leaf in _flatten(child, f"{prefix}.{name}" if prefix else str(name)).items()
+    }

@@ -1,0 +1,207 @@
+"""The run configuration: every option, its unit and its range. Imports neither torch, Megatron nor vLLM."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from megatron_prorl.config.checks import config_problems
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    path: str = Field(description="Hugging Face model folder: config.json, safetensors, tokenizer")
+    dtype: Literal["bf16", "fp32"] = Field("bf16", description="dtype of the weights and of the forward pass")
+    layers: Literal["auto", "local", "transformer_engine"] = Field(
+        "auto", description="Megatron layer spec; auto is transformer_engine on CUDA, local on the CPU"
+    )
+    fp8: Literal["none", "hybrid", "e4m3"] = Field("none", description="Transformer Engine FP8 recipe for the layers")
+    recompute: Literal["none", "selective", "full"] = Field("none", description="activation recomputation")
+
+
+class ParallelConfig(Section):
+    nodes: Positive = 1
+    ranks_per_node: Positive = Field(1, description="trainer processes a node, one a GPU")
+    tensor: Positive = 1
+    pipeline: Positive = 1
+    context: Positive = 1
+    sequence: bool = Field(False, description="sequence parallelism inside the tensor-parallel group")
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+    @property
+    def data(self) -> int:
+        return self.world_size // (self.tensor * self.pipeline * self.context)
+
+
+class TaskConfig(Section):
+    task: str = Field(description="Reasoning Gym task name")
+    weight: float = Field(1.0, gt=0, description="share of the mix, relative to the other tasks")
+    params: dict[str, Any] = Field(default_factory=dict, description="passed to the task's dataset")
+
+
+class DataConfig(Section):
+    tasks: list[TaskConfig] = Field(min_length=1, description="what to train on")
+    validation_problems: Positive = Field(64, description="held-out problems, shared out evenly over the tasks")
+    system_prompt: str = ""
+
+
+class EngineConfig(Section):
+    count: Positive = Field(1, description="vLLM engines, each a server process of its own")
+    tensor: Positive = Field(1, description="tensor parallelism inside an engine")
+    placement: Literal["shared", "separate"] = Field(
+        "shared", description="on the trainer's GPUs, or on GPUs of their own"
+    )
+    port: NonNegative = Field(0, description="first port; 0 takes free ones")
+    kv_cache_gib: float = Field(1.0, gt=0, description="key-value cache of one engine on the CPU, GiB")
+    gpu_memory_fraction: float = Field(0.5, gt=0, le=0.95, description="share of GPU memory an engine may take")
+    max_running: Positive = Field(256, description="sequences an engine decodes at once")
+    startup_timeout_seconds: float = Field(300.0, gt=0)
+    request_timeout_seconds: float = Field(
+        600.0, gt=0, description="a request without an answer for so long is sent to another engine"
+    )
+
+
+class RolloutConfig(Section):
+    prompts_per_step: Positive = Field(description="P: groups a step learns from")
+    rollouts_per_prompt: int = Field(ge=2, description="G: responses a prompt")
+    max_prompt_tokens: Positive
+    max_response_tokens: Positive
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    dynamic_sampling: bool = Field(True, description="drop groups whose rewards are all equal and draw others")
+    draw_limit: float = Field(
+        4.0, ge=1, description="at most draw_limit * prompts_per_step problems a step; then the batch stays smaller"
+    )
+    engines: EngineConfig = EngineConfig()
+
+
+class VerifierConfig(Section):
+    workers: Positive = Field(2, description="verifier processes")
+    timeout_seconds: float = Field(
+        10.0, gt=0, description="one verdict's limit; then its worker is killed and the score is 0"
+    )
+
+
+class KLConfig(Section):
+    coefficient: float = Field(1e-4, ge=0, description="beta; 0 needs no reference model")
+    estimator: Literal["k1", "k2", "k3"] = "k2"
+    unbiased: bool = Field(False, description="weight the estimate by the policy's importance ratio")
+    log_ratio_clamp: float | None = Field(
+        None, gt=0, description="clamp log(policy / reference) to plus or minus this, nats"
+    )
+
+
+class CorrectionConfig(Section):
+    """Correction for sampler != trainer, with rho = exp(trainer - sampler log-prob)."""
+
+    kind: Literal["none", "tis", "icepop", "seq_mask"] = "tis"
+    low: float = Field(0.0, ge=0)
+    high: float = Field(2.0, gt=0)
+
+
+class ShapingConfig(Section):
+    """Reward shaping by length; the paper does not state the numbers of its own penalties."""
+
+    overlong_buffer_tokens: NonNegative = Field(
+        0, description="DAPO soft overlong punishment: the penalty grows over the last so many tokens; 0 is off"
+    )
+    overlong_penalty: float = Field(1.0, ge=0, description="penalty at the full length")
+    unterminated_penalty: float = Field(
+        0.0, ge=0, description="subtracted from the reward of a response without an end token ('stop properly')"
+    )
+
+
+class AlgorithmConfig(Section):
+    advantage: Literal["grpo", "reinforce_pp_baseline"] = "grpo"
+    clip_low: float = Field(0.2, ge=0, lt=1, description="ratio is clipped at 1 - clip_low")
+    clip_high: float = Field(0.4, ge=0, description="ratio is clipped at 1 + clip_high")
+    kl: KLConfig = KLConfig()
+    correction: CorrectionConfig = CorrectionConfig()
+    shaping: ShapingConfig = ShapingConfig()
+    entropy_coefficient: float = Field(0.0, ge=0, description="bonus for the policy's entropy")
+
+
+class OptimizerConfig(Section):
+    learning_rate: float = Field(2e-6, gt=0)
+    warmup_updates: NonNegative = Field(0, description="linear warm-up from 0 over so many updates, then constant")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    grad_clip: float = Field(1.0, gt=0, description="global gradient norm is clipped to this")
+    updates_per_step: Positive = Field(
+        4, description="minibatches (optimizer updates) a step; must divide prompts_per_step"
+    )
+    distributed: bool = Field(True, description="shard optimizer state over data-parallel ranks")
+
+
+class BatchingConfig(Section):
+    tokens_per_microbatch: Positive = Field(
+        16384, description="token budget of one packed microbatch on one data-parallel rank"
+    )
+    logprob_chunk_tokens: Positive = Field(1024, description="tokens whose logits exist at once")
+
+
+class ResetConfig(Section):
+    every_steps: NonNegative = Field(0, description="reset the reference every so many steps; 0 never")
+    optimizer: Literal["clear", "keep"] = "clear"
+
+
+class ValidationConfig(Section):
+    every_steps: NonNegative = Field(10, description="0 validates only before the first and after the last step")
+    samples: Positive = Field(4, description="responses a held-out problem")
+    temperature: float = Field(0.6, gt=0)
+    top_p: float = Field(0.95, gt=0, le=1)
+
+
+class CheckpointConfig(Section):
+    every_steps: Positive = 10
+    keep: Positive = Field(2, description="how many checkpoints stay on disk")
+
+
+class WandbConfig(Section):
+    project: str
+    name: str | None = None
+    mode: Literal["online", "offline"] = "online"
+
+
+class TrackingConfig(Section):
+    tensorboard: bool = True
+    wandb: WandbConfig | None = None
+
+
+class Config(Section):
+    run_dir: str = Field(description="everything a run writes; the same folder resumes it")
+    steps: Positive = Field(description="steps of the whole run; one step is one collection and its updates")
+    seed: NonNegative = 0
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig
+    rollout: RolloutConfig
+    verifier: VerifierConfig = VerifierConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    batching: BatchingConfig = BatchingConfig()
+    reset: ResetConfig = ResetConfig()
+    validation: ValidationConfig = ValidationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _options_fit_each_other(self) -> Config:
+        problems = config_problems(self)
+        if problems:
+            raise PydanticCustomError("problems", "{text}", {"text": "; ".join(problems), "problems": problems})
+        return self

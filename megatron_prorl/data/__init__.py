@@ -1,0 +1,1 @@
+"""Problems in their seeded order, and how they become prompts."""

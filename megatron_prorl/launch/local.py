@@ -1,0 +1,125 @@
+"""Start the ranks of one node through torch's elastic agent, end them together, and tell a failure once.
+
+A rank started here dies with its launcher, and leaves a `UserError` in the agent's error file for the launcher to
+print, so that four ranks with the same complaint make one line. torch is imported only by `launch_ranks`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from megatron_prorl.config.load import ConfigError
+from megatron_prorl.config.schema import Config
+from megatron_prorl.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+_LAUNCHER_PID = "PRORL_LAUNCHER_PID"
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_CAUSE_SECONDS = 5
+_SHUTDOWN_SECONDS = 20  # what a rank has to end its engines after SIGTERM
+
+
+def launch_ranks(command: Sequence[str], *, num_ranks: int) -> int:
+    """Run `python COMMAND` as `num_ranks` ranks on this node and return the exit code.
+
+    SIGTERM, SIGINT, SIGHUP and SIGQUIT are forwarded to the ranks; the first rank to fail ends the others.
+    """
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ[_LAUNCHER_PID] = str(os.getpid())
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_ranks)))
+    logging.disable()  # of this process alone: what failed is told below, once
+    with tempfile.TemporaryDirectory(prefix="prorl-ranks-") as folder:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=num_ranks,
+            run_id=f"prorl-{os.getpid()}",
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            max_restarts=0,
+            shutdown_timeout=_SHUTDOWN_SECONDS,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+        )
+        try:
+            elastic_launch(config, sys.executable)(*command)
+        except ChildFailedError as error:
+            return _tell(error)
+        except SignalException as error:
+            return 128 + error.sigval
+    return 0
+
+
+def _tell(error: ChildFailedError) -> int:
+    """Print the root cause in one line and return its exit code."""
+
+    def order(item: tuple[int, ProcessFailure]) -> tuple[bool, bool, int, int]:
+        # The agent stops the other ranks with SIGTERM and lists them as failures too.
+        rank, failure = item
+        return not os.path.isfile(failure.error_file), failure.exitcode == -signal.SIGTERM, failure.timestamp, rank
+
+    rank, failure = min(error.failures.items(), key=order)
+    if os.path.isfile(failure.error_file):
+        print(failure.message, file=sys.stderr)
+    elif failure.exitcode < 0:
+        print(f"error: rank {rank} was ended by {failure.signal_name()}; all ranks were stopped", file=sys.stderr)
+    else:
+        print(f"error: rank {rank} failed (its traceback is above); all ranks were stopped", file=sys.stderr)
+    return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+
+
+def report_user_error(error: UserError) -> None:
+    """One line on stderr, or a note to the launcher, which prints the first of all ranks' notes."""
+    text = str(error) if isinstance(error, ConfigError) else f"error: {error}"
+    rank = os.environ.get("RANK")
+    if _LAUNCHER_PID in os.environ and "TORCHELASTIC_ERROR_FILE" in os.environ:
+        with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w", encoding="utf-8") as file:
+            json.dump({"message": text, "timestamp": int(time.time())}, file)
+    elif rank in (None, "0"):
+        print(text, file=sys.stderr)
+    elif not isinstance(error, ConfigError) or os.environ.get("LOCAL_RANK") == "0":  # one node may lack a file
+        print(f"rank {rank}: {text}", file=sys.stderr)
+
+
+def let_the_cause_speak(error: Exception) -> None:
+    """Hold an error that another rank's end has caused until the launcher stops this rank, so that it hides nothing."""
+    if _LAUNCHER_PID in os.environ and re.search("Connection (closed|reset) by peer", str(error)):
+        time.sleep(_CAUSE_SECONDS)
+
+
+def check_world_size(cfg: Config) -> None:
+    """Raise ConfigError when torchrun or srun started another number of ranks than the configuration names, or none."""
+    started = os.environ.get("WORLD_SIZE", "1")
+    if started != str(cfg.parallel.world_size):
+        raise ConfigError(
+            [
+                f"parallel: nodes*ranks_per_node = {cfg.parallel.nodes}*{cfg.parallel.ranks_per_node} = "
+                f"{cfg.parallel.world_size} ranks, but {started} started; more than one node needs srun or torchrun"
+            ]
+        )
+
+
+def end_with_launcher() -> None:
+    """Ask the kernel to kill this process when the launcher that started it dies; no effect outside a launcher."""
+    launcher = os.environ.get(_LAUNCHER_PID)
+    if launcher is None or "RANK" not in os.environ:
+        return
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != int(launcher):  # it died before the line above
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,116 @@
+"""Megatron-Core 0.16.1 on a CPU: it writes "cuda" into its code; here that word comes to mean the CPU.
+
+Only for trainer processes on a machine without CUDA, and never in a process that runs vLLM. What changes:
+
+* inside `megatron.core` the name `torch` is a view of torch whose `cuda` is the CPU and whose factory functions take
+  `device="cuda"` for the CPU; the rest of the process keeps the true torch;
+* three methods of tensors and modules that cannot be told apart by caller (`cuda`, `type`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from functools import wraps
+from types import ModuleType
+from typing import Any
+
+import torch
+
+CPU = torch.device("cpu")
+
+# Every part of Megatron-Core that the trainer uses; a module that is imported later would still see the true torch.
+_PARTS = (
+    "megatron.core.dist_checkpointing.strategies.torch",
+    "megatron.core.distributed",
+    "megatron.core.models.gpt.gpt_layer_specs",
+    "megatron.core.models.gpt.gpt_model",
+    "megatron.core.optimizer",
+    "megatron.core.pipeline_parallel",
+    "megatron.core.tensor_parallel",
+)
+
+# Functions that Megatron calls with device="cuda" or device=torch.cuda.current_device().
+_FACTORIES = ("arange", "empty", "full", "ones", "rand", "randn", "tensor", "zeros")
+
+
+class _View(ModuleType):
+    """A module with some attributes replaced; everything else is read from the original."""
+
+    def __init__(self, original: Any, **replaced: Any) -> None:
+        super().__init__(original.__name__)
+        self.__dict__.update(replaced)
+        self.__dict__["_original"] = original
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @wraps(factory)
+    def create(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if str(kwargs.get("device", "cpu")).startswith("cuda"):
+            kwargs["device"] = CPU
+        return factory(*args, **kwargs)
+
+    return create
+
+
+def _get_rng_state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(new_state: torch.Tensor, device: Any = None, graph_safe: bool = False) -> None:
+    torch.set_rng_state(new_state)
+
+
+def enable_cpu_megatron() -> None:
+    """Let Megatron-Core build, train and checkpoint a model on the CPU; calling it again changes nothing."""
+    for part in _PARTS:
+        importlib.import_module(part)
+    from megatron.core.tensor_parallel import random
+
+    if isinstance(random.torch, _View):
+        return
+    cuda = _View(
+        torch.cuda,
+        current_device=lambda: CPU,  # p2p buffers, optimizer scalars and RoPE frequencies are created there
+        set_device=_nothing,  # there is one CPU
+        synchronize=_nothing,  # p2p waits for the device after gloo has already waited
+        empty_cache=_nothing,  # the optimizer calls it when its state moves
+        manual_seed=torch.manual_seed,  # model_parallel_cuda_manual_seed
+        get_rng_state=_get_rng_state,  # the RNG tracker saves and restores around its forks and recomputation
+        set_rng_state=_set_rng_state,
+        FloatTensor=torch.FloatTensor,  # used as constructors by clip_grads and the optimizers
+        HalfTensor=torch.HalfTensor,
+        BFloat16Tensor=torch.BFloat16Tensor,
+    )
+    view = _View(torch, cuda=cuda, **{name: _on_cpu(getattr(torch, name)) for name in _FACTORIES})
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
+            module.torch = view  # type: ignore[attr-defined]
+
+    # These two reach into CUDA's generators below the public functions.
+    random._get_cuda_rng_state = _get_rng_state
+    random._set_cuda_rng_state = _set_rng_state
+
+    # Tied embeddings, optimizer state and checkpoints move tensors with .cuda().
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+
+    # The optimizers sort parameters by the name of their tensor type, and know only the CUDA names.
+    tensor_type = torch.Tensor.type
+
+    @wraps(tensor_type)
+    def type_with_cuda_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = tensor_type(self, *args, **kwargs)
+        if args or kwargs:
+            return answer  # a conversion
+        return answer.replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.type = type_with_cuda_name  # type: ignore[method-assign,assignment]

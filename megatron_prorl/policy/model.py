@@ -1,0 +1,232 @@
+"""A Megatron-Core model from a Hugging Face config: Qwen2, Qwen2.5 (and distillations into them) and dense Qwen3.
+
+The model gives hidden states; the head is applied where log-probs are taken, a few tokens at a time (see `logprob.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn.functional import rms_norm, silu
+
+from megatron_prorl.config.schema import Config
+from megatron_prorl.errors import UserError
+from megatron_prorl.policy.attention import PackedAttention
+from megatron_prorl.policy.device import Device, layer_implementation
+
+ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
+_REQUIRED_KEYS = (
+    "hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers",
+    "num_key_value_heads", "rms_norm_eps", "vocab_size",
+)  # fmt: skip
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_FP8_TOKEN_MULTIPLE = 16  # the dimensions of an FP8 matrix product: https://docs.nvidia.com/deeplearning/transformer-engine
+
+
+def read_hf_config(path: str | Path) -> dict[str, Any]:
+    """The folder's config.json, with `head_dim`, `rope_theta` and `tie_word_embeddings` filled in where transformers derives them.
+
+    Raises UserError for a missing file and for anything in it that the model built here would not compute.
+    """
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise UserError(f"model.path: {file} does not exist; give the folder of a Hugging Face model")
+    hf: dict[str, Any] = json.loads(file.read_text())
+    architectures = hf.get("architectures") or ["none"]
+    if architectures[0] not in ARCHITECTURES:
+        raise UserError(f"{file}: architecture {architectures[0]} is not supported; use {' or '.join(ARCHITECTURES)}")
+
+    rope = hf.get("rope_parameters") or {}  # transformers 5
+    scaling = hf.get("rope_scaling") or {}  # transformers 4
+    hf = hf | {
+        "head_dim": hf.get("head_dim") or hf.get("hidden_size", 0) // hf.get("num_attention_heads", 1),
+        "rope_theta": rope.get("rope_theta", hf.get("rope_theta")),
+        "tie_word_embeddings": hf.get("tie_word_embeddings", False),
+    }
+    missing = [key for key in (*_REQUIRED_KEYS, "rope_theta") if hf.get(key) is None]
+    if missing:
+        raise UserError(f"{file}: {', '.join(missing)} missing; is the file complete?")
+
+    rope_type = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
+    unsupported = {
+        f"rope scaling {rope_type}": rope_type != "default",
+        "sliding-window attention": _has_sliding_window(hf),
+        f"hidden_act {hf.get('hidden_act')}": hf.get("hidden_act", "silu") != "silu",
+        "attention_bias": hf.get("attention_bias", False),
+        "attention_dropout": hf.get("attention_dropout", 0.0) > 0,
+        "quantization_config": hf.get("quantization_config") is not None,
+    }
+    for feature, is_used in unsupported.items():
+        if is_used:
+            raise UserError(f"{file}: {feature} is not supported; use a model without it")
+    return hf
+
+
+def _has_sliding_window(hf: dict[str, Any]) -> bool:
+    if "layer_types" in hf:
+        return any(kind != "full_attention" for kind in hf["layer_types"])
+    return bool(
+        hf.get("use_sliding_window")
+        and hf.get("sliding_window") is not None
+        and hf.get("max_window_layers", 28) < hf["num_hidden_layers"]  # 28 is transformers' default
+    )
+
+
+def padded_vocab_size(vocab_size: int, tensor: int) -> int:
+    """Rows of the embedding and of the head over all tensor-parallel ranks.
+
+    The same for every power-of-two `tensor` up to 128, so a checkpoint fits other layouts; 151936, Qwen's, stays as it is.
+    """
+    multiple = math.lcm(128, tensor)
+    return math.ceil(vocab_size / multiple) * multiple
+
+
+def token_multiple(cfg: Config) -> int:
+    """What the number of tokens in a packed microbatch must be a multiple of."""
+    per_rank = _FP8_TOKEN_MULTIPLE if cfg.model.fp8 != "none" else 1
+    return per_rank * (cfg.parallel.tensor if cfg.parallel.sequence else 1)
+
+
+def transformer_config(hf: dict[str, Any], cfg: Config, device_kind: str) -> TransformerConfig:
+    """Megatron's config for the model `hf` describes (as `read_hf_config` gives it) under the layout of `cfg`."""
+    dtype = _DTYPES[cfg.model.dtype]
+    layers = layer_implementation(cfg, device_kind)
+    fused = layers == "transformer_engine"
+    is_qwen3 = hf["architectures"][0] == "Qwen3ForCausalLM"
+    parallel = cfg.parallel
+    return TransformerConfig(
+        num_layers=hf["num_hidden_layers"],
+        hidden_size=hf["hidden_size"],
+        ffn_hidden_size=hf["intermediate_size"],
+        num_attention_heads=hf["num_attention_heads"],
+        num_query_groups=hf["num_key_value_heads"],
+        kv_channels=hf["head_dim"],
+        normalization="RMSNorm",
+        layernorm_epsilon=hf["rms_norm_eps"],
+        gated_linear_unit=True,
+        activation_func=silu,
+        add_bias_linear=False,
+        add_qkv_bias=not is_qwen3,
+        qk_layernorm=is_qwen3,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_cpu_initialization=device_kind == "cpu",
+        perform_initialization=False,  # the weights come from the model folder
+        # Layout
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
+        sequence_parallel=parallel.sequence,
+        pipeline_dtype=dtype,
+        variable_seq_lengths=True,  # packed microbatches differ in length
+        deallocate_pipeline_outputs=parallel.pipeline > 1,
+        calculate_per_token_loss=True,  # sum gradients over data-parallel ranks: the loss is already divided by the tokens of all
+        # Precision and kernels
+        fp8=None if cfg.model.fp8 == "none" else cfg.model.fp8,
+        fp8_recipe="tensorwise",  # scales from the tensor at hand: no history to checkpoint, the same for policy and reference
+        transformer_impl=layers,
+        persist_layer_norm=fused,
+        bias_activation_fusion=fused,
+        bias_dropout_fusion=fused,
+        apply_rope_fusion=fused,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,  # needs Apex
+        # Memory: attention keeps no score matrices, so the widest activations are the MLP's
+        recompute_granularity=None if cfg.model.recompute == "none" else cfg.model.recompute,
+        recompute_modules=["mlp"] if cfg.model.recompute == "selective" else None,
+        recompute_method="uniform" if cfg.model.recompute == "full" else None,
+        recompute_num_layers=1 if cfg.model.recompute == "full" else None,
+        # Of no use to a dense model without CUDA graphs, but their defaults clash with the above or warn
+        moe_token_dispatcher_type="alltoall",
+        cuda_graph_scope=[],
+    )
+
+
+class RMSNorm(torch.nn.Module):
+    """Root mean square norm (arXiv:1910.07467, eq. 4) for Megatron's local layers, whose own refuses sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        # Each rank sees its own part of the sequence: Megatron sums this weight's gradient over the tensor-parallel group.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class PolicyModel(GPTModel):
+    """Megatron's GPTModel without logits.
+
+    `forward(input_ids, position_ids, attention_mask=None, packed_seq_params=...)` takes `[1, T]` token ids and positions and gives
+    `[T, 1, H]`: on the last pipeline stage hidden states after the final norm, on the others what the next stage takes. With
+    sequence parallelism it is this rank's `[T / tensor, 1, H]`.
+    """
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states
+
+    def head_weight(self) -> Tensor:
+        """This rank's rows of the output weight, `[padded V / tensor, H]`; on the last pipeline stage."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def _layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
+    if config.transformer_impl == "transformer_engine":
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = RMSNorm
+        attention.k_layernorm = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+
+
+def build_model(hf: dict[str, Any], cfg: Config, device: Device, *, trainable: bool) -> list[torch.nn.Module]:
+    """The model chunks of this pipeline rank (one), to be filled with `load_hf_weights`; `init_device` comes first.
+
+    Trainable chunks are wrapped in Megatron's DistributedDataParallel, which keeps gradients in float32; others are frozen.
+    """
+    config = transformer_config(hf, cfg, device.kind)
+    model = PolicyModel(
+        config,
+        _layer_spec(config),
+        vocab_size=padded_vocab_size(hf["vocab_size"], cfg.parallel.tensor),
+        max_sequence_length=hf["max_position_embeddings"],
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=hf["tie_word_embeddings"],
+        position_embedding_type="rope",
+        rotary_base=hf["rope_theta"],
+    ).to(device.torch_device)
+    if not trainable:
+        return [model.requires_grad_(False).eval()]
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=cfg.optimizer.distributed,
+        overlap_grad_reduce=False,  # reduced once a minibatch, after many microbatches: hiding it would gain little
+    )
+    return [DistributedDataParallel(config, settings, model)]

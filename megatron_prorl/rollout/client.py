@@ -1,0 +1,181 @@
+"""The client of one engine: generation on an event loop, control calls from any thread."""
+
+from __future__ import annotations
+
+import json
+import struct
+import urllib.error
+import urllib.request
+from array import array
+from typing import Any
+
+import aiohttp
+
+from megatron_prorl.types import Completion
+
+UNSYNCED = -1  # weight version of an engine that has its start model and no sync yet
+
+_CORE_DIED = "EngineCore encountered an issue"  # vllm/v1/engine/exceptions.py, EngineDeadError
+
+# Engines are on this machine or on the cluster's own network: never through a proxy of the environment.
+_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+class EngineDied(ConnectionError):
+    """No answer, or a lost connection; the request can go to another engine."""
+
+
+class EngineRefused(RuntimeError):
+    """The engine lives and answered with an error; the message is the engine's."""
+
+
+class EngineClient:
+    """One engine by its URL. Raises EngineDied when it does not answer and EngineRefused when it answers with an error.
+
+    `generate` belongs to one event loop, on which `close` ends it; the other calls block and may come from any thread.
+    """
+
+    def __init__(self, url: str, *, timeout_seconds: float = 600.0) -> None:
+        self.url = url
+        self._timeout_seconds = timeout_seconds
+        self._session: aiohttp.ClientSession | None = None
+
+    async def generate(
+        self, prompt_token_ids: list[int], *, n: int, temperature: float, top_p: float, max_tokens: int
+    ) -> list[Completion]:
+        """`n` responses to one prompt. Log-probs are of the distribution after temperature and top-p, in nats."""
+        body = {
+            "prompt_token_ids": prompt_token_ids,
+            "n": n,
+            "temperature": temperature,
+            "top_p": top_p,
+            "max_tokens": max_tokens,
+        }
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=self._timeout_seconds)
+            )
+        try:
+            async with self._session.post(f"{self.url}/rollouts", json=body) as response:
+                content = await response.read()
+        except TimeoutError as error:
+            raise EngineDied(f"{self.url}: no answer within {self._timeout_seconds:g} s") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise EngineDied(f"{self.url}: {error!r}") from error
+        if response.status != 200:
+            raise _failure(self.url, response.status, content)
+        return parse_completions(content)
+
+    async def close(self) -> None:
+        """End the connections of `generate`."""
+        if self._session:
+            await self._session.close()
+            self._session = None
+
+    def is_healthy(self, *, timeout_seconds: float = 10.0) -> bool:
+        """Whether the server answers and its engine core lives."""
+        try:
+            self._call("GET", "/health", timeout_seconds=timeout_seconds)
+        except (EngineDied, EngineRefused):
+            return False
+        return True
+
+    def pause(self) -> None:
+        """Let running requests end and start none until `resume`."""
+        self._call("POST", "/pause?mode=wait")
+
+    def resume(self) -> None:
+        self._call("POST", "/resume")
+
+    def reset_prefix_cache(self) -> None:
+        """Forget key-value blocks of earlier prompts: they belong to the weights that computed them."""
+        self._call("POST", "/reset_prefix_cache")
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._call("POST", "/init_weight_transfer_engine", {"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        self._call("POST", "/start_weight_update")
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self._call("POST", "/update_weights", {"update_info": update_info})
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._call("POST", "/finish_weight_update", {"weight_version": weight_version})
+
+    def weight_version(self) -> int:
+        """Version of the engine's weights; UNSYNCED for the model that it started with."""
+        return _version(self._call("GET", "/weight_info")["weight_version"])
+
+    def set_weight_version(self, version: int) -> None:
+        self._call("POST", "/update_weight_version", {"new_version": str(version)})
+
+    def world_size(self) -> int:
+        """Number of the engine's workers."""
+        return self._call("GET", "/get_world_size")["world_size"]
+
+    def score(self, token_ids: list[int]) -> list[float]:
+        """Log-probs at temperature 1 of every token after the first, each given the tokens before it, in nats."""
+        body = {"model": "policy", "prompt": token_ids, "max_tokens": 1, "prompt_logprobs": 0, "temperature": 0.0}
+        rows = self._call("POST", "/v1/completions", body)["choices"][0]["prompt_logprobs"]
+        return [row[str(token)]["logprob"] for row, token in zip(rows[1:], token_ids[1:], strict=True)]
+
+    def _call(
+        self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout_seconds: float | None = None
+    ) -> Any:
+        request = urllib.request.Request(
+            self.url + path,
+            method=method,
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        try:
+            with _opener.open(request, timeout=timeout_seconds or self._timeout_seconds) as response:
+                content = response.read()
+        except urllib.error.HTTPError as error:
+            raise _failure(self.url + path, error.code, error.read()) from None
+        except OSError as error:  # refused, reset, timed out
+            raise EngineDied(f"{self.url}{path}: {error!r}") from error
+        return json.loads(content) if content else None
+
+
+def parse_completions(content: bytes) -> list[Completion]:
+    """The answer of the route in rollout/route.py, which says what the bytes are."""
+    (header_bytes,) = struct.unpack_from("<I", content)
+    start = 4 + header_bytes
+    header = json.loads(content[4:start])
+    lengths = header["lengths"]
+    token_ids, logprobs = array("i"), array("f")
+    middle = start + sum(lengths) * token_ids.itemsize
+    token_ids.frombytes(content[start:middle])
+    logprobs.frombytes(content[middle:])
+    all_ids, all_logprobs = token_ids.tolist(), logprobs.tolist()
+    completions = []
+    end = 0
+    for length, reason, versions in zip(lengths, header["finish_reasons"], header["weight_versions"], strict=True):
+        begin, end = end, end + length
+        if reason not in ("stop", "length"):
+            raise EngineDied(f"the engine ended a response with reason {reason!r}")
+        completions.append(
+            Completion(
+                token_ids=all_ids[begin:end],
+                sampler_logprobs=all_logprobs[begin:end],
+                finish_reason=reason,
+                weight_version=min(map(_version, versions)),
+            )
+        )
+    return completions
+
+
+def _version(name: str) -> int:
+    return UNSYNCED if name == "default" else int(name)
+
+
+def _failure(where: str, status: int, content: bytes) -> EngineDied | EngineRefused:
+    try:
+        message = json.loads(content)["error"]
+        message = message["message"] if isinstance(message, dict) else message
+    except (ValueError, KeyError, TypeError):
+        message = content.decode(errors="replace")[:500]
+    kind = EngineDied if status == 503 or _CORE_DIED in message else EngineRefused
+    return kind(f"{where}: HTTP {status}: {message}")

@@ -1,0 +1,266 @@
+"""One run: everything with a lifetime (engines, verifiers, display, run directory) behind the steps of `train.py`.
+
+Rank 0 owns the engines, the collector and what is written besides checkpoints; the other ranks take part in the same
+calls and receive what rank 0 found.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from megatron_prorl import comm
+from megatron_prorl.checkpoint.store import (
+    latest_checkpoint,
+    load_checkpoint,
+    load_reference,
+    prepare_run_dir,
+    prune,
+    save_checkpoint,
+    save_reference,
+)
+from megatron_prorl.config.schema import Config
+from megatron_prorl.data.chat import load_tokenizer
+from megatron_prorl.data.problems import TrainProblems
+from megatron_prorl.errors import UserError
+from megatron_prorl.policy.device import Device, init_device, shutdown_device
+from megatron_prorl.policy.policy import Policy
+from megatron_prorl.rollout.client import EngineClient
+from megatron_prorl.rollout.collector import Collector
+from megatron_prorl.rollout.engine import EngineSupervisor, transfer_backend
+from megatron_prorl.tasks.pool import VerifierPool
+from megatron_prorl.tracking.metrics import MetricsWriter, PhaseTimer
+from megatron_prorl.tracking.progress import ProgressDisplay
+from megatron_prorl.tracking.rollouts import write_rollouts
+from megatron_prorl.types import Collected, Progress
+from megatron_prorl.weights.export import hf_metadata, iter_hf_weights
+from megatron_prorl.weights.hf import check_tokenizer_fits
+from megatron_prorl.weights.sync import Weights, WeightSync
+
+
+@contextmanager
+def open_run(cfg: Config) -> Iterator[Run]:
+    """Start everything, hand over the run, and end everything, whatever happens in between."""
+    signal.signal(signal.SIGTERM, _terminate)
+    with ExitStack() as stack:
+        device = init_device(cfg)
+        stack.callback(shutdown_device)
+        comm.init_control_group()
+        yield Run(cfg, device, stack)
+
+
+class Run:
+    """The run as every trainer rank sees it. All methods are collective; what they return is the same on every rank."""
+
+    def __init__(self, cfg: Config, device: Device, stack: ExitStack) -> None:
+        self.cfg = cfg
+        self.timer = PhaseTimer()
+        self._run_dir = Path(cfg.run_dir)
+        # The engines start while the models are built.
+        self._rank_zero = _RankZero(cfg, device, stack) if comm.is_rank_zero() else None
+        comm.barrier()
+        self.policy = Policy(cfg, device)
+        self.progress = self._load()
+
+        dtype = next(self.policy.chunks[0].parameters()).dtype
+        self._sync = WeightSync(
+            cfg,
+            transfer_backend(cfg, device.kind),
+            Weights(
+                metadata=hf_metadata(self.policy.hf, dtype),
+                tensors=lambda: iter_hf_weights(self.policy.chunks, self.policy.hf),
+            ),
+            self._rank_zero.ready_engines(self.policy.hf) if self._rank_zero else [],
+            probe=self.policy.probe,
+            vocab_size=self.policy.hf["vocab_size"],
+            restart_dead=self._rank_zero.supervisor.restart_dead if self._rank_zero else list,
+        )
+        stack.callback(self._sync.close)
+        if self._rank_zero:
+            self._rank_zero.begin(self.progress, self._sync)
+
+    def _load(self) -> Progress:
+        """The last checkpoint's state, or that of a run that begins."""
+        policy = self.policy
+        checkpoint = latest_checkpoint(self._run_dir)
+        if checkpoint is None:
+            progress = Progress()
+            if policy.reference:
+                save_reference(self._run_dir, progress.reference, policy.chunks)
+            return progress
+        progress = load_checkpoint(checkpoint, policy.chunks, policy.optimizer)
+        if policy.reference:
+            load_reference(self._run_dir, progress.reference, policy.reference)
+        return progress
+
+    def collect(self) -> Collected:
+        """One step's groups; those that were dropped are on rank 0 only."""
+        found = None
+        with self.timer("collect"):
+            if self._rank_zero:
+                found = self._rank_zero.collect(self.progress)
+            everywhere = comm.broadcast(found and replace(found, dropped_groups=[]))
+        return found or everywhere
+
+    def sync(self) -> dict[str, float]:
+        """Bring every engine to the policy's weights, and prove it."""
+        with self.timer("sync"):
+            self._phase("sync")
+            return self._sync.push(self.progress.weight_version)
+
+    def validation_due(self) -> bool:
+        step, every = self.progress.step, self.cfg.validation.every_steps
+        return step == self.cfg.steps or (every > 0 and step % every == 0)
+
+    def validate(self) -> dict[str, float]:
+        """Mean reward on the held-out problems."""
+        with self.timer("validate"):
+            return comm.broadcast(self._rank_zero.validate() if self._rank_zero else None)
+
+    def reset(self) -> None:
+        """reference := policy, the optimizer is cleared or kept; the next checkpoint makes it last."""
+        progress, cleared = self.progress, self.cfg.reset.optimizer == "clear"
+        self.policy.reset(clear_optimizer=cleared)
+        progress.num_resets += 1
+        progress.last_reset_step = progress.step
+        if cleared:
+            progress.optimizer_updates = 0
+        if self.policy.reference:
+            progress.reference = f"reset-{progress.num_resets:03d}"
+            save_reference(self._run_dir, progress.reference, self.policy.reference)
+        if self._rank_zero:
+            state = "cleared" if cleared else "kept"
+            self._rank_zero.display.message(f"reset {progress.num_resets}: reference := policy, optimizer {state}")
+
+    def checkpoint_due(self) -> bool:
+        step = self.progress.step
+        return step == self.cfg.steps or step % self.cfg.checkpoint.every_steps == 0
+
+    def checkpoint(self) -> None:
+        """Write a checkpoint and remove the oldest; its time is logged with the next step."""
+        with self.timer("checkpoint"):
+            self._phase("checkpoint")
+            policy = self.policy
+            save_checkpoint(self._run_dir, policy.chunks, policy.optimizer, self.progress, self.cfg.model_dump())
+            if self._rank_zero:
+                prune(self._run_dir, self.cfg.checkpoint.keep)
+            comm.barrier()
+
+    def log(self, metrics: dict[str, float], collected: Collected | None = None) -> None:
+        """Write the step's row, and its rollouts."""
+        seconds = self.timer.take()
+        if self._rank_zero:
+            reset = self.progress.step > 0 and self.progress.last_reset_step == self.progress.step
+            counts = {"reset/count": float(self.progress.num_resets), "reset/happened": float(reset)}
+            self._rank_zero.log(self.progress.step, metrics | counts | seconds, collected)
+
+    def _phase(self, name: str) -> None:
+        if self._rank_zero:
+            self._rank_zero.display.phase(name)
+
+
+class _RankZero:
+    """What only rank 0 has: the run directory's lock, problems, engines, verifiers, collector, trackers and display."""
+
+    def __init__(self, cfg: Config, device: Device, stack: ExitStack) -> None:
+        self._cfg = cfg
+        self._stack = stack
+        self._run_dir = Path(cfg.run_dir)
+        stack.enter_context(_only_writer(self._run_dir))
+        prepare_run_dir(self._run_dir)
+        self._tokenizer = load_tokenizer(cfg.model.path)
+        self.supervisor = stack.enter_context(EngineSupervisor(cfg, cfg.model.path, self._run_dir))
+        self._pool = VerifierPool(cfg.verifier)
+        stack.callback(self._pool.close)
+        self._problems = stack.enter_context(TrainProblems(cfg.data, cfg.seed))
+
+    def ready_engines(self, hf: dict[str, Any]) -> list[EngineClient]:
+        """Wait for the engines, which started when this object was made."""
+        check_tokenizer_fits(hf, len(self._tokenizer))
+        self.supervisor.wait_ready()
+        timeout_seconds = self._cfg.rollout.engines.request_timeout_seconds
+        self._engines = [EngineClient(url, timeout_seconds=timeout_seconds) for url in self.supervisor.urls]
+        return self._engines
+
+    def begin(self, progress: Progress, sync: WeightSync) -> None:
+        """Open what depends on where the run goes on."""
+        cfg, stack = self._cfg, self._stack
+        self.display = ProgressDisplay(cfg.steps, progress.step)
+        stack.callback(self.display.close)
+        handler = _ToDisplay(self.display)
+        logging.getLogger("megatron_prorl").addHandler(handler)
+        stack.callback(logging.getLogger("megatron_prorl").removeHandler, handler)
+        self._metrics = MetricsWriter(self._run_dir, cfg.tracking, progress.step)
+        stack.callback(self._metrics.close)
+        self._collector = stack.enter_context(
+            Collector(
+                cfg,
+                self._problems,
+                self._tokenizer,
+                self._pool,
+                self._engines,
+                on_engine_died=sync.refresh,
+                on_progress=self._on_progress,
+            )
+        )
+        self._num_done = 0
+        if progress.step:
+            self.display.message(f"going on from step {progress.step} of {self._run_dir}")
+
+    def collect(self, progress: Progress) -> Collected:
+        self._begin_phase("rollouts", self._cfg.rollout.prompts_per_step)
+        return self._collector.collect(progress.next_draw, progress.weight_version)
+
+    def validate(self) -> dict[str, float]:
+        held_out, cfg = self._problems.held_out, self._cfg.validation
+        self._begin_phase("validation", len(held_out))
+        metrics, _ = self._collector.validate(held_out, cfg.samples, cfg.temperature, cfg.top_p)
+        return metrics
+
+    def log(self, step: int, metrics: dict[str, float], collected: Collected | None) -> None:
+        if collected:
+            write_rollouts(self._run_dir, step, collected)
+        self._metrics.write(step, metrics)
+        self.display.step_done(step, metrics)
+
+    def _begin_phase(self, name: str, total: int) -> None:
+        self._num_done = 0
+        self.display.phase(name, total)
+
+    def _on_progress(self, num_done: int, num_wanted: int) -> None:
+        self.display.advance(num_done - self._num_done)
+        self._num_done = num_done
+
+
+class _ToDisplay(logging.Handler):
+    """Warnings of the package as lines that stay above the progress bars."""
+
+    def __init__(self, display: ProgressDisplay) -> None:
+        super().__init__(logging.WARNING)
+        self._display = display
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._display.message(f"{record.levelname.lower()}: {record.getMessage()}")
+
+
+@contextmanager
+def _only_writer(run_dir: Path) -> Iterator[None]:
+    """Hold the run directory's lock, which ends with this process however it ends."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"run_dir: another process trains in {run_dir}; end it, or use another run_dir") from None
+        yield
+
+
+def _terminate(signum: int, frame: Any) -> NoReturn:
+    sys.exit(128 + signum)

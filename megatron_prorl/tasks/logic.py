@@ -1,0 +1,93 @@
+"""Logic: Reasoning Gym tasks, scored by the task's own `score_answer` on the last <answer></answer>.
+
+`Problem.verification` says where the item comes from, {"task", "params", "seed", "index", "answer"}: the verifier makes
+the entry again rather than read it from JSON, which turns tuples into lists and with them arc_agi's right answers into
+wrong ones. `reasoning_gym` takes a second and 100 MB to import, depends on the hash seed and uses global random state:
+only child processes (`tasks.child`) import it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+from typing import Any
+
+from megatron_prorl.types import Problem, Verdict
+
+# Items a dataset holds. Some tasks build all of theirs when created, and word_ladder refuses more than 20000.
+DATASET_SIZE = 1024
+
+
+def prepare(problem: Problem) -> None:
+    """Make the problem's entry, which takes up to 0.2 s, so that `verify` finds it made."""
+    load(problem.verification)
+
+
+def verify(problem: Problem, text: str) -> Verdict:
+    """Reasons: "correct", "partly correct", "wrong", "no answer", "malformed" (the task's scorer cannot read it)."""
+    dataset, entry = load(problem.verification)
+    answer = extract_answer(text)
+    if answer is None:
+        return Verdict(score=0.0, reason="no answer")
+    try:
+        score = score_answer(dataset, entry, answer)
+    except Exception:
+        # Scorers such as prime_factorization's raise on text they cannot read. One that raises without it is broken:
+        # let that out.
+        score_answer(dataset, entry, entry["answer"])
+        return Verdict(score=0.0, reason="malformed")
+    if score >= 1.0:
+        return Verdict(score=1.0, reason="correct")
+    return Verdict(score=score, reason="partly correct" if score > 0.0 else "wrong")
+
+
+def extract_answer(text: str) -> str | None:
+    """The last complete <answer></answer> outside the model's thoughts, stripped; None if there is none.
+
+    What precedes the last </think> is thought, and so is everything after a <think> that was never closed.
+    """
+    spoken = text.rpartition("</think>")[2].partition("<think>")[0]
+    before_end, end, _ = spoken.rpartition("</answer>")
+    _, start, answer = before_end.rpartition("<answer>")
+    return answer.strip() if start and end else None
+
+
+def score_answer(dataset: Any, entry: dict[str, Any], answer: str | None) -> float:
+    if entry["metadata"].get("source_dataset") == "game_of_life_halting":
+        # The task's own scorer compares bool(answer) with bool("False"): any text at all would be right.
+        return float(answer is not None and answer.lower() == entry["answer"].lower())
+    return float(dataset.score_answer(answer, entry))
+
+
+@functools.lru_cache(maxsize=64)  # a group's responses come together
+def _load(verification: str) -> tuple[Any, dict[str, Any]]:
+    origin = json.loads(verification)
+    dataset = _dataset(origin["task"], json.dumps(origin["params"], sort_keys=True), origin["seed"])
+    _seed_globals(origin["seed"] + origin["index"])
+    try:
+        return dataset, dataset[origin["index"]]
+    except Exception:
+        _dataset.cache_clear()  # word_ladder changes itself when an item fails: the next item must not see it
+        raise
+
+
+def load(origin: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Reasoning Gym's (dataset, entry) at {"task", "params", "seed", "index"}; the same in every child process."""
+    return _load(json.dumps({key: origin[key] for key in ("task", "params", "seed", "index")}))
+
+
+@functools.lru_cache(maxsize=256)
+def _dataset(task: str, params: str, seed: int) -> Any:
+    import reasoning_gym
+
+    _seed_globals(seed)
+    return reasoning_gym.create_dataset(task, **json.loads(params), seed=seed, size=DATASET_SIZE)
+
+
+def _seed_globals(seed: int) -> None:
+    # list_functions and pool_matrix draw from the global generators.
+    import numpy as np
+
+    random.seed(seed)
+    np.random.seed(seed)

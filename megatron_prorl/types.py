@@ -1,0 +1,132 @@
+"""The data that flows through one step, one complete frozen type per stage.
+
+Axes: P prompts a step, G rollouts a prompt, L tokens of one sequence (prompt + response), R tokens of one
+response, T packed tokens of one microbatch, V vocabulary. Nothing here imports torch, Megatron or vLLM.
+
+    Problem ──engine──► Completion ──verifier──► Rollout ×G ──► Group ──algo──► Sample ──batching──► PackedBatch
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One prompt with what is needed to verify an answer."""
+
+    id: str
+    domain: str  # math | code | stem | logic | instruction
+    task: str  # e.g. the Reasoning Gym task name; metrics are grouped by it
+    messages: list[dict[str, str]]  # chat messages, {"role": ..., "content": ...}
+    verification: dict[str, Any]  # what the domain's verifier reads; plain JSON
+    source: str  # provenance
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What a verifier says of one response: a score in [0, 1] and why."""
+
+    score: float
+    reason: str  # short stable words: "correct", "wrong", "unparsable", "timed out"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One response as the engine returned it; lists have length R."""
+
+    token_ids: list[int]  # the end token included when finish_reason is "stop"
+    sampler_logprobs: list[float]  # of the distribution after temperature, in nats
+    finish_reason: FinishReason
+    weight_version: int  # version of the weights that sampled it (the oldest, if it spans a sync)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """A completion with its text and verdict."""
+
+    completion: Completion
+    text: str
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """The G rollouts of one problem; `draw` is the problem's place in the run's seeded order."""
+
+    draw: int
+    problem: Problem
+    prompt_token_ids: list[int]
+    rollouts: list[Rollout]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collected:
+    """What one collection yields: groups to learn from, groups put aside, and how it went.
+
+    `dropped` maps a draw to the reason ("all equal", ...). `next_draw` is the first draw not taken yet.
+    """
+
+    kept: list[Group]
+    dropped_groups: list[tuple[Group, str]]
+    next_draw: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One rollout ready to learn from; all lists have length L (prompt + response)."""
+
+    token_ids: list[int]
+    trained: list[bool]  # True on response tokens, the end token included
+    sampler_logprobs: list[float]  # 0.0 where not trained
+    advantage: float
+    weight_version: int
+
+    @property
+    def num_trained(self) -> int:
+        return sum(self.trained)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedBatch:
+    """One microbatch: several samples laid end to end (THD), already shifted.
+
+    Position t holds token t; `targets_T[t]` is the next token of the same sequence and `mask_T[t]` says whether
+    that target is trained, so every per-token quantity lines up with `targets_T`. The last token of a
+    sequence has mask False and target 0. T may include padding at the end (a multiple required by
+    sequence parallelism): a padding run is a sequence of its own in `cu_seqlens`, mask False.
+    """
+
+    token_ids_T: torch.Tensor  # int64
+    position_ids_T: torch.Tensor  # int64, restarting at 0 with every sequence
+    targets_T: torch.Tensor  # int64
+    mask_T: torch.Tensor  # bool
+    advantages_T: torch.Tensor  # float32, 0.0 where not trained
+    sampler_logprobs_T: torch.Tensor  # float32, 0.0 where not trained
+    cu_seqlens: torch.Tensor  # int32, shape [number of sequences + 1]
+    max_seqlen: int
+    sample_indices: list[int]  # into the list of samples that was packed, in packed order
+
+    @property
+    def num_trained(self) -> int:
+        return int(self.mask_T.sum())
+
+
+@dataclass(slots=True, kw_only=True)
+class Progress:
+    """Everything besides tensors that a run needs to go on; plain JSON, kept in every checkpoint."""
+
+    step: int = 0  # completed steps
+    next_draw: int = 0  # first problem of the seeded order that has not been drawn
+    weight_version: int = 0
+    num_resets: int = 0
+    reference: str = "reset-000"  # folder below references/
+    last_reset_step: int = 0
+    optimizer_updates: int = 0  # since the optimizer was last cleared (the warm-up counts these)

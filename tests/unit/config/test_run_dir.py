@@ -1,0 +1,78 @@
+"""A run goes on only with the configuration it began with, but for what cannot change what is learned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_prorl.config.load import ConfigError, load_config
+from megatron_prorl.config.run_dir import check_run_dir, record_config
+from megatron_prorl.config.schema import Config
+
+EXAMPLE = Path(__file__).parents[3] / "examples" / "quickstart.yaml"
+
+
+def config(run_dir: Path, *overrides: str) -> Config:
+    return load_config(EXAMPLE, [f"run_dir={run_dir}", *overrides])
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> Path:
+    """The directory of a run that has a checkpoint."""
+    record_config(config(tmp_path / "run"))
+    (tmp_path / "run" / "checkpoints" / "step-000010").mkdir(parents=True)
+    return tmp_path / "run"
+
+
+def test_the_recorded_configuration_is_the_one_in_force(tmp_path: Path) -> None:
+    cfg = config(tmp_path / "run", "seed=7", "optimizer.learning_rate=1e-5")
+    record_config(cfg)
+    assert load_config(tmp_path / "run" / "config.yaml") == cfg
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
+
+
+def test_a_resumed_run_refuses_another_configuration_and_names_every_difference(begun: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_run_dir(
+            config(begun, "seed=7", "data.tasks.0.params.max_terms=3", "steps=99", "algorithm.kl.log_ratio_clamp=10")
+        )
+    assert str(caught.value) == (
+        f"config error: run_dir: {begun} was made with another configuration: "
+        "algorithm.kl.log_ratio_clamp was None, is 10.0; data.tasks.0.params.max_terms was 2, is 3; seed was 0, is 7; "
+        "use a new run_dir or put it back"
+    )
+
+
+def test_a_task_added_to_a_resumed_run_is_a_difference(begun: Path) -> None:
+    cfg = config(begun)
+    task = cfg.data.tasks[0].model_copy(update={"task": "gcd"})
+    more = cfg.model_copy(update={"data": cfg.data.model_copy(update={"tasks": [*cfg.data.tasks, task]})})
+    with pytest.raises(ConfigError, match=r"data\.tasks\.1\.task was absent, is gcd"):
+        check_run_dir(more)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["steps=999", "parallel.ranks_per_node=2", "batching.tokens_per_microbatch=9999", "checkpoint.keep=9",
+     "tracking.wandb.project=x", "model.recompute=full", "rollout.engines.count=2", "verifier.workers=3"],
+)  # fmt: skip
+def test_a_resumed_run_may_change_what_does_not_change_what_is_learned(begun: Path, override: str) -> None:
+    check_run_dir(config(begun, override))
+
+
+def test_a_moved_run_goes_on(begun: Path, tmp_path: Path) -> None:
+    check_run_dir(config(begun.rename(tmp_path / "elsewhere")))
+
+
+def test_a_run_without_a_checkpoint_may_start_again_with_another_configuration(tmp_path: Path) -> None:
+    record_config(config(tmp_path / "run"))
+    check_run_dir(config(tmp_path / "run", "seed=7"))
+
+
+def test_a_run_directory_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        ConfigError, match=r"^config error: run_dir: cannot write .*/file/run/config\.yaml: not a directory$"
+    ):
+        record_config(config(tmp_path / "file" / "run"))

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_prorl import warm_start as module
+from megatron_prorl.config.schema import DataConfig, TaskConfig
+from megatron_prorl.data.chat import load_tokenizer, render
+from megatron_prorl.data.problems import validation_problems
+from megatron_prorl.errors import UserError
+from megatron_prorl.warm_start import generate_problems, make_model, make_tokenizer, probability_right, slip, teach, warm_start
+
+DATA = DataConfig(
+    tasks=[
+        TaskConfig(task="gcd", params={"min_value": 2, "max_value": 20}),
+        TaskConfig(task="spell_backward", params={"min_word_len": 3, "max_word_len": 4}),
+    ],
+    validation_problems=16,
+    system_prompt="Answer inside <answer></answer>.",
+)
+NEVER = 2.0  # no probability reaches it
+AT_ONCE = 0.0
+
+
+@pytest.fixture(autouse=True)
+def few_problems(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PROBLEMS", 400)
+    monkeypatch.setattr(module, "UNSEEN", 32)
+    monkeypatch.setattr(module, "MAX_STEPS", 10)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of ten steps."""
+    out = tmp_path_factory.mktemp("warm") / "model"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "PROBLEMS", 400)
+        patch.setattr(module, "MAX_STEPS", 10)
+        assert warm_start(DATA, out, seed=0, target=AT_ONCE)
+    return out
+
+
+def test_the_folder_is_a_chat_model_that_transformers_loads(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    tokenizer, model = load_tokenizer(folder), AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.model_type == "qwen2" and not model.config.tie_word_embeddings
+    assert tokenizer.eos_token == "<|im_end|>" and model.config.eos_token_id == tokenizer.eos_token_id
+    assert len(tokenizer) <= model.config.vocab_size and model.config.vocab_size % 16 == 0
+
+
+def test_every_text_comes_back_from_its_tokens(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    for text in ("<answer>noen</answer>", "Spell this word  backward ,\n\n(example: sun -> nus): x.", "".join(module.CHARACTERS)):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_answers_are_spelled_out_and_prompts_are_short(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("<answer>noen</answer>")) == ["<answer>", *"noen", "</answer>"]
+    for problem in validation_problems(DATA, seed=0):
+        assert len(render(tokenizer, problem.messages)) <= 48
+        assert tokenizer.unk_token_id not in render(tokenizer, problem.messages)
+
+
+def test_a_model_that_is_there_is_not_made_again(folder: Path) -> None:
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    assert not warm_start(DATA, folder, seed=0, target=AT_ONCE)
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_the_same_seed_makes_the_same_model_and_another_seed_another(folder: Path, tmp_path: Path) -> None:
+    weights = (folder / "model.safetensors").read_bytes()
+    for seed in (0, 1):
+        warm_start(DATA, tmp_path / "model", seed=seed, target=AT_ONCE)  # seed 1 replaces seed 0's
+        assert ((tmp_path / "model" / "model.safetensors").read_bytes() == weights) == (seed == 0)
+        assert json.loads((tmp_path / "model" / module.RECORD).read_text())["seed"] == seed
+
+
+def test_somebody_elses_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="not a model of the warm start's"):
+        warm_start(DATA, tmp_path, seed=0)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_tasks_that_are_too_hard_are_named_and_leave_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="too hard for the warm start: .*% right after 10 steps"):
+        warm_start(DATA, tmp_path / "model", seed=0, target=NEVER)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_runs_held_out_problems_are_never_taught() -> None:
+    held_out = {problem.messages[-1]["content"] for problem in validation_problems(DATA, seed=0)}
+    assert held_out.isdisjoint(problem.messages[-1]["content"] for problem in generate_problems(DATA, seed=0))
+
+
+def test_the_probability_of_the_right_answer_is_how_often_it_is_sampled() -> None:
+    """1,000 samples of transformers' generate: standard deviation at most 0.016."""
+    tokenizer = make_tokenizer([("one", ["Say it."])])
+    model = make_model(tokenizer, seed=0)
+    example = module.Example(question="", prompt_token_ids=tokenizer.encode("Say it."), answer="ab")
+    response = tokenizer.encode("<answer>ab</answer>") + [tokenizer.eos_token_id]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    while (expected := probability_right(model, tokenizer, [example])) < 0.5:
+        token_ids = torch.tensor([example.prompt_token_ids + response])
+        labels = token_ids.clone()
+        labels[:, : len(example.prompt_token_ids)] = -100
+        optimizer.zero_grad()
+        model(input_ids=token_ids, labels=labels).loss.backward()
+        optimizer.step()
+    prompts = torch.tensor([example.prompt_token_ids] * 1000)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sampled = model.generate(
+            prompts, attention_mask=torch.ones_like(prompts), do_sample=True, temperature=1.0, top_k=0, max_new_tokens=len(response)
+        )[:, prompts.shape[1] :]
+    assert sampled.shape[1] == len(response)
+    right = (sampled == torch.tensor(response)).all(dim=1).float().mean().item()
+    assert right == pytest.approx(expected, abs=0.06)
+
+
+def test_slips_replace_letters_and_digits_by_their_kind_and_nothing_else() -> None:
+    answer = "Ab 12, - </x>" * 1000
+    slipped = slip(answer, random.Random(0))
+    assert len(slipped) == len(answer)
+    changed = [(a, b) for a, b in zip(answer, slipped, strict=True) if a != b]
+    assert len(changed) / 5000 == pytest.approx(module.SLIPS, abs=0.03)  # five letters and digits in each copy
+    for a, b in changed:
+        assert a.isdigit() == b.isdigit() and a.islower() == b.islower() and a.isupper() == b.isupper()
+
+
+def test_teaching_lowers_the_loss_on_what_is_taught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single answer, taught without slips, is learned by heart."""
+    monkeypatch.setattr(module, "SLIPS", 0.0)
+    monkeypatch.setattr(module, "MAX_STEPS", 60)
+    tokenizer = make_tokenizer([("one", ["Say it."])])
+    model = make_model(tokenizer, seed=0)
+    prompt = tokenizer.encode("Say it.")
+    examples = [module.Example(question=str(i), prompt_token_ids=prompt, answer="42") for i in range(200)]
+    *_, (step, right) = teach(model, tokenizer, examples, seed=0)
+    assert step == 60 and right > 0.9
