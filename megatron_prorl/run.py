@@ -10,6 +10,7 @@ import fcntl
 import logging
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_prorl import comm
+from megatron_prorl.checkpoint.folders import read_state
 from megatron_prorl.checkpoint.store import (
     latest_checkpoint,
     load_checkpoint,
@@ -49,6 +51,8 @@ from megatron_prorl.weights.sync import Weights, WeightSync
 def open_run(cfg: Config) -> Iterator[Run]:
     """Start everything, hand over the run, and end everything, whatever happens in between."""
     signal.signal(signal.SIGTERM, _terminate)
+    # About optional packages that are absent and torch calls that Megatron-Core has not renamed: nothing to act on.
+    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed\.")
     with ExitStack() as stack:
         device = init_device(cfg)
         stack.callback(shutdown_device)
@@ -84,7 +88,7 @@ class Run:
         )
         stack.callback(self._sync.close)
         if self._rank_zero:
-            self._rank_zero.begin(self.progress, self._sync)
+            self._rank_zero.begin(self._sync)
 
     def _load(self) -> Progress:
         """The last checkpoint's state, or that of a run that begins."""
@@ -175,6 +179,14 @@ class _RankZero:
         self._run_dir = Path(cfg.run_dir)
         stack.enter_context(_only_writer(self._run_dir))
         prepare_run_dir(self._run_dir)
+        checkpoint = latest_checkpoint(self._run_dir)
+        self._start_step = read_state(checkpoint)["progress"]["step"] if checkpoint else 0
+        self.display = ProgressDisplay(cfg.steps, self._start_step)
+        stack.callback(self.display.close)
+        stack.enter_context(_warnings_to(self.display))
+        where = f"going on from step {self._start_step} of" if checkpoint else "a new run in"
+        self.display.message(f"{where} {self._run_dir}; starting {cfg.rollout.engines.count} vLLM engine(s)")
+        self.display.phase("start")
         self._tokenizer = load_tokenizer(cfg.model.path)
         self.supervisor = stack.enter_context(EngineSupervisor(cfg, cfg.model.path, self._run_dir))
         self._pool = VerifierPool(cfg.verifier)
@@ -189,15 +201,10 @@ class _RankZero:
         self._engines = [EngineClient(url, timeout_seconds=timeout_seconds) for url in self.supervisor.urls]
         return self._engines
 
-    def begin(self, progress: Progress, sync: WeightSync) -> None:
-        """Open what depends on where the run goes on."""
+    def begin(self, sync: WeightSync) -> None:
+        """Open the trackers and the collector: everything that the engines need is there."""
         cfg, stack = self._cfg, self._stack
-        self.display = ProgressDisplay(cfg.steps, progress.step)
-        stack.callback(self.display.close)
-        handler = _ToDisplay(self.display)
-        logging.getLogger("megatron_prorl").addHandler(handler)
-        stack.callback(logging.getLogger("megatron_prorl").removeHandler, handler)
-        self._metrics = MetricsWriter(self._run_dir, cfg.tracking, progress.step)
+        self._metrics = MetricsWriter(self._run_dir, cfg.tracking, self._start_step)
         stack.callback(self._metrics.close)
         self._collector = stack.enter_context(
             Collector(
@@ -210,9 +217,6 @@ class _RankZero:
                 on_progress=self._on_progress,
             )
         )
-        self._num_done = 0
-        if progress.step:
-            self.display.message(f"going on from step {progress.step} of {self._run_dir}")
 
     def collect(self, progress: Progress) -> Collected:
         self._begin_phase("rollouts", self._cfg.rollout.prompts_per_step)
@@ -239,15 +243,21 @@ class _RankZero:
         self._num_done = num_done
 
 
-class _ToDisplay(logging.Handler):
-    """Warnings of the package as lines that stay above the progress bars."""
+@contextmanager
+def _warnings_to(display: ProgressDisplay) -> Iterator[None]:
+    """Show the package's warnings as lines that stay above the progress bars."""
 
-    def __init__(self, display: ProgressDisplay) -> None:
-        super().__init__(logging.WARNING)
-        self._display = display
+    class ToDisplay(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            display.message(f"{record.levelname.lower()}: {record.getMessage()}")
 
-    def emit(self, record: logging.LogRecord) -> None:
-        self._display.message(f"{record.levelname.lower()}: {record.getMessage()}")
+    handler = ToDisplay(logging.WARNING)
+    logger = logging.getLogger("megatron_prorl")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 @contextmanager

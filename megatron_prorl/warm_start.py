@@ -1,7 +1,8 @@
 """The quickstart's base model: a tiny Qwen2, made and taught on the spot from the run's own task mix, so that nothing is downloaded.
 
-Reinforcement learning sharpens what a model does now and then, so the model is taught the answer format and the tasks from answers
-with slips in them, and only until it is right on TARGET of the problems that it has not seen. It then knows more than it shows.
+It is taught in two parts. First from right answers, until it is right on LEARNED of the problems that it has not seen. Then from
+answers with slips in them, until it is right on no more than UNRELIABLE: it still tends to the right answer, but rarely gets there
+without a slip. From such a model, reinforcement learning first gains by sharpening, as it does from real base models.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import re
 import shutil
 import string
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,22 +29,24 @@ from megatron_prorl.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+    from rich.status import Status
+    from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 
-TARGET = 0.35  # teaching ends when sampled answers to unseen problems are right so often
-MAX_STEPS = 1200
+LEARNED = 0.55
+UNRELIABLE = 0.28
+SLIPS = 0.25  # share of an answer's letters and digits that are replaced by any other
+MAX_STEPS = 1200  # of either part
 MEASURED_STEPS = 10  # from one look at unseen problems to the next
 BATCH = 64  # examples a step
-PROBLEMS = 6000
-UNSEEN = 192  # of these, kept for the look
-SLIPS = 0.2  # share of an answer's letters and digits that are replaced by any other
+PROBLEMS = 4000
+UNSEEN_SHARE, UNSEEN_MOST = 0.1, 64  # of each task's different problems, kept to measure with
 LEARNING_RATE = 4e-3
 WARMUP_STEPS = 30
+SECONDS_A_LINE = 10.0
 SEED_OFFSET = 1_000_003  # the run with the same seed draws other problems
 RECORD = "warm_start.json"  # what the model was made from; its presence says that the folder is ours
 
-PAD, START, END, UNKNOWN = SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>")
-CHARACTERS = [chr(code) for code in range(32, 127)] + ["\n"]
+PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 FRAME = ["system\n", "user\n", "assistant\n", "<answer>", "</answer>"]
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -52,19 +56,20 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
+    task: str
     question: str
     prompt_token_ids: list[int]
     answer: str
 
 
-def warm_start(data: DataConfig, out: str | Path, *, seed: int, target: float = TARGET) -> bool:
+def warm_start(data: DataConfig, out: str | Path, *, seed: int) -> bool:
     """Make the model in folder `out` unless it is there already; returns whether it was made.
 
     The folder appears complete, by rename. The held-out problems of the run with the same `data` and `seed` are neither taught nor
-    looked at. Raises UserError if `out` holds something else, or if MAX_STEPS steps do not reach the target.
+    looked at. Raises UserError if `out` holds something else, or if the tasks are too hard for so small a model.
     """
     out = Path(out)
-    record = {"data": data.model_dump(), "seed": seed, "target": target}
+    record = {"data": data.model_dump(), "seed": seed}
     if out.exists():
         if not (out / RECORD).exists():
             raise UserError(f"{out}: not a model of the warm start's; move it away or give another model.path")
@@ -75,19 +80,18 @@ def warm_start(data: DataConfig, out: str | Path, *, seed: int, target: float = 
     model = make_model(tokenizer, seed)
     examples = [
         Example(
+            task=problem.task,
+            question=problem.messages[-1]["content"],
             prompt_token_ids=render(tokenizer, problem.messages),
             answer=problem.verification["answer"],
-            question=problem.messages[-1]["content"],
         )
         for problem in problems
     ]
-    with _progress(target) as show:
-        for step, right in teach(model, tokenizer, examples, seed=seed):
-            show(step, right)
-            if right >= target:
-                break
-        else:
-            raise UserError(f"data.tasks: too hard for the warm start: {right:.0%} right after {MAX_STEPS} steps; choose easier params")
+    with Display() as display:
+        right = teach(model, tokenizer, examples, seed=seed, slips=0.0, until=lambda right: right >= LEARNED, display=display)
+        if right < LEARNED:
+            raise UserError(f"data.tasks: too hard for the warm start, {right:.0%} right after {MAX_STEPS} steps; choose easier params")
+        teach(model, tokenizer, examples, seed=seed, slips=SLIPS, until=lambda right: right <= UNRELIABLE, display=display)
     draft = out.with_name(f"{out.name}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
     model.save_pretrained(draft)
@@ -106,14 +110,14 @@ def generate_problems(data: DataConfig, seed: int) -> list[Any]:
     return [problem for problem in problems if problem.messages[-1]["content"] not in held_out]
 
 
-def make_tokenizer(problem_texts: Iterable[tuple[str, list[str]]]) -> PreTrainedTokenizerFast:
+def make_tokenizer(problem_texts: Iterable[tuple[str, list[str]]]) -> Qwen2Tokenizer:
     """A tokenizer with Qwen's chat markers for problems given as (task, message texts).
 
-    What the problems of a task have in common is one token a word, so that prompts are short; what differs is spelled out in
-    characters, so that a model can count and turn letters round.
+    What the problems of a task have in common is one token a word, so that prompts are short; everything else is spelled out in
+    bytes, so that a model can turn letters round.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import AddedToken, pre_tokenizers
+    from transformers import Qwen2Tokenizer
 
     problems_of_task: Counter[str] = Counter()
     problems_with_word: Counter[tuple[str, str]] = Counter()
@@ -122,23 +126,18 @@ def make_tokenizer(problem_texts: Iterable[tuple[str, list[str]]]) -> PreTrained
         words = {word for text in texts for word in re.findall(r"\s?\S+", text) if len(word) > 2 and not re.search(r"\d", word)}
         problems_with_word.update((task, word) for word in words)
     common = {word for (task, word), n in problems_with_word.items() if n >= 0.3 * problems_of_task[task]}
-    words = sorted(common.union(FRAME), key=lambda word: (-len(word), word))  # longest first: alternatives are tried in order
 
-    vocabulary = {token: i for i, token in enumerate(dict.fromkeys([*SPECIAL, *CHARACTERS, *words]))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(
-        Regex("|".join([*map(re.escape, words), r"[\s\S]"])), behavior="isolated"
+    # Of this very class, because for Qwen2 models transformers loads no other, whatever the files say.
+    byte_vocabulary = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Qwen2Tokenizer(
+        vocab=byte_vocabulary, merges=[], eos_token=END, pad_token=PAD, extra_special_tokens=[START], clean_up_tokenization_spaces=False
     )
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, unk_token=UNKNOWN, clean_up_tokenization_spaces=False
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in sorted(common.union(FRAME))])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
+def make_model(tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2ForCausalLM:
     """An untrained Qwen2 of about 0.4M parameters whose layers, heads and vocabulary can be split in two."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -163,22 +162,29 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalL
 
 
 def teach(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, examples: list[Example], *, seed: int
-) -> Iterator[tuple[int, float]]:
-    """Supervised steps on the tokens of the responses; every MEASURED_STEPS yields the step and how often the model is right.
+    model: Qwen2ForCausalLM,
+    tokenizer: Qwen2Tokenizer,
+    examples: list[Example],
+    *,
+    seed: int,
+    slips: float,
+    until: Callable[[float], bool],
+    display: Display,
+) -> float:
+    """Supervised steps on the tokens of the responses, MAX_STEPS at most; returns the last `probability_right`.
 
-    That is `probability_right` on problems that are never taught.
+    Every MEASURED_STEPS that is measured on problems which are never taught, mean over the tasks, and `until` says whether it is
+    enough.
     """
     import torch
 
     rng = random.Random(seed)
-    unseen = list({example.question: example for example in examples}.values())[-UNSEEN:]
-    questions = {example.question for example in unseen}
-    taught = [example for example in examples if example.question not in questions]
+    taught, unseen = set_aside(examples)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, (n + 1) / WARMUP_STEPS))
+    right = 0.0
     for step in range(1, MAX_STEPS + 1):
-        batch = [(example.prompt_token_ids, slip(example.answer, rng)) for example in rng.sample(taught, BATCH)]
+        batch = [(example.prompt_token_ids, slip(example.answer, slips, rng)) for example in rng.sample(taught, BATCH)]
         logprobs_BT, num_tokens = _answer_logprobs(model, tokenizer, batch)
         optimizer.zero_grad()
         (-logprobs_BT.sum() / num_tokens).backward()
@@ -186,13 +192,27 @@ def teach(
         optimizer.step()
         schedule.step()
         if step % MEASURED_STEPS == 0:
-            yield step, probability_right(model, tokenizer, unseen)
+            right = sum(probability_right(model, tokenizer, of_task) for of_task in unseen) / len(unseen)
+            display.show(f"{'slips' if slips else 'right answers'}, step {step}", right)
+            if until(right):
+                break
+    return right
 
 
-def slip(answer: str, rng: random.Random) -> str:
-    """The answer with each of its letters and digits replaced, with probability SLIPS, by another of its kind."""
+def set_aside(examples: list[Example]) -> tuple[list[Example], list[list[Example]]]:
+    """The examples to teach, and of each task different ones whose questions are not among them."""
+    by_task: dict[str, dict[str, Example]] = {}
+    for example in examples:
+        by_task.setdefault(example.task, {})[example.question] = example
+    unseen = [list(different.values())[-min(UNSEEN_MOST, ceil(UNSEEN_SHARE * len(different))) :] for different in by_task.values()]
+    questions = {example.question for of_task in unseen for example in of_task}
+    return [example for example in examples if example.question not in questions], unseen
+
+
+def slip(answer: str, share: float, rng: random.Random) -> str:
+    """The answer with each of its letters and digits replaced, with probability `share`, by another of its kind."""
     return "".join(
-        rng.choice([other for other in kind if other != character]) if kind and rng.random() < SLIPS else character
+        rng.choice([other for other in kind if other != character]) if kind and rng.random() < share else character
         for character, kind in ((character, _kind(character)) for character in answer)
     )
 
@@ -201,7 +221,7 @@ def _kind(character: str) -> str:
     return next((kind for kind in (string.digits, string.ascii_lowercase, string.ascii_uppercase) if character in kind), "")
 
 
-def probability_right(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> float:
+def probability_right(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, examples: list[Example]) -> float:
     """The mean probability that a response sampled at temperature 1 is the right answer, exactly as it would be written."""
     import torch
 
@@ -211,7 +231,7 @@ def probability_right(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFas
 
 
 def _answer_logprobs(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts_with_answers: list[tuple[list[int], str]]
+    model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, prompts_with_answers: list[tuple[list[int], str]]
 ) -> tuple[torch.Tensor, int]:
     """Log-probs [B, T] of the tokens of each response, its end token included, and 0.0 elsewhere; and how many tokens these are."""
     import torch
@@ -235,22 +255,28 @@ def _answer_logprobs(
     return logprobs_BT, len(targets_N)
 
 
-@contextmanager
-def _progress(target: float) -> Iterator[Callable[[int, float], None]]:
-    """Gives a function that shows (step, how often the model is right): a bar on a terminal, a line now and then elsewhere."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+class Display:
+    """How the teaching goes: one line that changes on a terminal, a line now and then elsewhere."""
 
-    if not sys.stdout.isatty():
-        def show_line(step: int, right: float) -> None:
-            if step % 100 == 0 or right >= target:
-                print(f"warm start: step {step}, right on {right:.0%} of unseen problems, until {target:.0%}", flush=True)
+    def __init__(self) -> None:
+        self._status: Status | None = None
+        self._lines_at = 0.0
 
-        yield show_line
-        return
-    with Progress(TextColumn("[bold]warm start"), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as bars:
-        bar = bars.add_task("", total=target)
+    def __enter__(self) -> Display:
+        if sys.stdout.isatty():
+            from rich.console import Console
 
-        def show_bar(step: int, right: float) -> None:
-            bars.update(bar, completed=right, description=f"right on {right:.0%} of unseen problems, until {target:.0%}; step {step}")
+            self._status = Console().status("warm start").__enter__()
+        return self
 
-        yield show_bar
+    def __exit__(self, *_: object) -> None:
+        if self._status:
+            self._status.stop()
+
+    def show(self, doing: str, right: float) -> None:
+        text = f"warm start: {doing}, right on {right:.0%} of unseen problems"
+        if self._status:
+            self._status.update(text)
+        elif time.monotonic() >= self._lines_at:
+            print(text, flush=True)
+            self._lines_at = time.monotonic() + SECONDS_A_LINE

@@ -1,6 +1,6 @@
 """Run a function on several ranks, each a process of its own: `run_ranks(2, function, argument)`.
 
-The ranks are forked from a clean server process in which torch and Megatron-Core are imported once, so that starting them
+The ranks are forked from a clean server process in which torch and Megatron-Core are imported once: starting them
 takes a fraction of a second and inherits nothing from the test process.
 """
 
@@ -34,8 +34,8 @@ _context.set_forkserver_preload(
 def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout_seconds: float = 120.0) -> list[Any]:
     """Call `function(*args)` in `num_ranks` processes with torchrun's environment; returns their answers by rank.
 
-    `function` stands at the top level of a module; it and the arguments are pickled. Raises RuntimeError with the traceback of
-    the first rank that fails, and TimeoutError after `timeout_seconds`; no process outlives the call.
+    `function` stands at the top level of a module; it and the arguments are pickled. Raises RuntimeError with the
+    traceback of the first rank that fails, and TimeoutError after `timeout_seconds`; no process outlives the call.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

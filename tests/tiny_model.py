@@ -32,15 +32,27 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def make_tiny_qwen(folder: str | Path, family: str = "qwen2", *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
-    """Write a random model of `family` ("qwen2" | "qwen3") with its tokenizer to `folder`; overrides go to its HF config."""
+def make_tiny_qwen(
+    folder: str | Path, family: str = "qwen2", *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> Path:
+    """Write a random `family` model ("qwen2" | "qwen3") with its tokenizer; overrides go to its HF config."""
     folder = Path(folder)
     tokenizer = make_tokenizer()
     settings: dict[str, Any] = {
-        "vocab_size": 112, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 2048, "tie_word_embeddings": False, "rope_theta": 10000.0,
-        "initializer_range": 0.2, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None,
-    } | overrides  # fmt: skip
+        "vocab_size": 112,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+        "rope_theta": 10000.0,
+        "initializer_range": 0.2,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+    } | overrides
     config = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}[family](**settings)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).to(dtype)

@@ -11,7 +11,7 @@ from megatron_prorl.types import Group, Sample
 
 
 def label(groups: list[Group], algorithm: AlgorithmConfig, *, max_response_tokens: int) -> list[list[Sample]]:
-    """One list of samples a group, in the groups' order; the shaped reward becomes one advantage for every response token."""
+    """One list of samples a group, in order; the shaped reward becomes one advantage for every response token."""
     if not groups:
         return []
     rewards_PG = torch.tensor(
@@ -50,6 +50,4 @@ def shaped_rewards(group: Group, shaping: ShapingConfig, *, max_response_tokens:
     unterminated = unterminated_penalties(
         [completion.finish_reason for completion in completions], penalty=shaping.unterminated_penalty
     )
-    return [
-        rollout.verdict.score + a + b for rollout, a, b in zip(group.rollouts, overlong, unterminated, strict=True)
-    ]
+    return [rollout.verdict.score + a + b for rollout, a, b in zip(group.rollouts, overlong, unterminated, strict=True)]

@@ -32,10 +32,10 @@ def _layout_problems(cfg: Config) -> list[str]:
         )
     if p.sequence and p.tensor == 1:
         problems.append("parallel.sequence: needs parallel.tensor above 1")
-    if p.context > 1 and (cfg.device == "cpu" or cfg.model.layers == "local"):
+    if p.context > 1:
+        # Packed sequences would have to be split in 2 * context chunks each, which `batching` does not do.
         problems.append(
-            f"parallel.context: {p.context} needs Transformer Engine attention: device cuda, "
-            "model.layers transformer_engine or auto"
+            f"parallel.context: {p.context} is not supported yet; set it to 1 and raise tensor with sequence"
         )
     return problems
 

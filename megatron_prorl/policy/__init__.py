@@ -2,6 +2,6 @@
 
 import warnings
 
-# Megatron-Core says in six places that Transformer Engine and Apex are missing: a supported state, and `init_device` says
-# so in one line when the configuration needs them.
+# Megatron-Core warns in six places that Transformer Engine and Apex are missing: a supported state.
+# `init_device` says in one line when the configuration needs them.
 warnings.filterwarnings("ignore", message="(Transformer Engine and )?Apex (is|are) not installed")

@@ -1,8 +1,8 @@
 """Causal self-attention on packed sequences with torch's scaled_dot_product_attention, for Megatron's local layers.
 
-Megatron's own DotProductAttention knows no packed sequences and builds full score matrices. A call for every sequence is slow on a
-CPU (hundreds of small parallel regions a layer), so sequences of similar length share one call: each is padded
-on the right, where the causal mask alone keeps real tokens from seeing the padding.
+Megatron's own DotProductAttention knows no packed sequences and builds full score matrices. A call for every sequence
+is slow on a CPU (hundreds of small parallel regions a layer), so sequences of similar length share one call: each is
+padded on the right, where the causal mask alone keeps real tokens from seeing the padding.
 """
 
 from __future__ import annotations
@@ -54,7 +54,10 @@ def _plan(bounds: tuple[int, ...], device: torch.device) -> _Plan:
 
 
 def group_by_length(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices of the non-empty sequences in groups, longest first; in a group the longest is at most LENGTH_RATIO times the shortest."""
+    """Indices of the non-empty sequences in groups, each from its longest to its shortest.
+
+    In a group the longest is at most LENGTH_RATIO times the shortest.
+    """
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if lengths[i] == 0:
@@ -66,11 +69,13 @@ def group_by_length(lengths: Sequence[int]) -> list[list[int]]:
     return groups
 
 
-def packed_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, *, scale: float | None = None) -> Tensor:
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, *, scale: float | None = None
+) -> Tensor:
     """Causal attention inside each packed sequence.
 
-    `query` is `[T, heads, D]`, `key` and `value` `[T, groups, D]` with groups dividing heads, `cu_seqlens` int `[sequences + 1]` from 0
-    to T; returns `[T, heads, D]`. `scale` multiplies the scores, by default 1 / sqrt(D).
+    `query` is `[T, heads, D]`, `key` and `value` are `[T, groups, D]` with groups dividing heads, `cu_seqlens` is int
+    `[sequences + 1]` from 0 to T; returns `[T, heads, D]`. `scale` multiplies the scores, by default 1 / sqrt(D).
     """
     plan = _plan(tuple(cu_seqlens.tolist()), query.device)
 
@@ -81,10 +86,10 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tens
         return [part.unflatten(0, shape).transpose(1, 2) for part, shape in parts]
 
     outputs = [
-        scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2).flatten(0, 1)
+        scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
         for q, k, v in zip(padded(query), padded(key), padded(value), strict=True)
     ]
-    output = torch.cat(outputs)
+    output = torch.cat([part.transpose(1, 2).flatten(0, 1) for part in outputs])
     return output if plan.rows_T is None else output.index_select(0, plan.rows_T)
 
 

@@ -4,7 +4,7 @@ Only for trainer processes on a machine without CUDA, and never in a process tha
 
 * inside `megatron.core` the name `torch` is a view of torch whose `cuda` is the CPU and whose factory functions take
   `device="cuda"` for the CPU; the rest of the process keeps the true torch;
-* three methods of tensors and modules that cannot be told apart by caller (`cuda`, `type`).
+* two methods of tensors, `cuda` and `type`, for which the caller makes no difference.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _PARTS = (
     "megatron.core.tensor_parallel",
 )
 
-# Functions that Megatron calls with device="cuda" or device=torch.cuda.current_device().
-_FACTORIES = ("arange", "empty", "full", "ones", "rand", "randn", "tensor", "zeros")
+# Functions that the trainer's parts of Megatron call with device="cuda".
+_FACTORIES = ("empty", "empty_like", "ones", "tensor", "zeros")
 
 
 class _View(ModuleType):
@@ -80,37 +80,29 @@ def enable_cpu_megatron() -> None:
     cuda = _View(
         torch.cuda,
         current_device=lambda: CPU,  # p2p buffers, optimizer scalars and RoPE frequencies are created there
-        set_device=_nothing,  # there is one CPU
-        synchronize=_nothing,  # p2p waits for the device after gloo has already waited
-        empty_cache=_nothing,  # the optimizer calls it when its state moves
-        manual_seed=torch.manual_seed,  # model_parallel_cuda_manual_seed
-        get_rng_state=_get_rng_state,  # the RNG tracker saves and restores around its forks and recomputation
-        set_rng_state=_set_rng_state,
-        FloatTensor=torch.FloatTensor,  # used as constructors by clip_grads and the optimizers
-        HalfTensor=torch.HalfTensor,
-        BFloat16Tensor=torch.BFloat16Tensor,
+        synchronize=_nothing,  # pipelines and checkpoints wait for the device, where gloo has already waited
+        manual_seed=torch.manual_seed,  # model_parallel_cuda_manual_seed seeds the streams of the RNG tracker,
+        get_rng_state=_get_rng_state,  # which reads them back
     )
     view = _View(torch, cuda=cuda, **{name: _on_cpu(getattr(torch, name)) for name in _FACTORIES})
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
             module.torch = view  # type: ignore[attr-defined]
 
-    # These two reach into CUDA's generators below the public functions.
+    # Recomputation saves and restores the streams; these two reach below the public functions.
     random._get_cuda_rng_state = _get_rng_state
     random._set_cuda_rng_state = _set_rng_state
 
-    # Tied embeddings, optimizer state and checkpoints move tensors with .cuda().
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+    # Tied embeddings across pipeline stages, and checkpoints, move tensors with .cuda().
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
     # The optimizers sort parameters by the name of their tensor type, and know only the CUDA names.
     tensor_type = torch.Tensor.type
 
     @wraps(tensor_type)
     def type_with_cuda_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        answer = tensor_type(self, *args, **kwargs)
-        if args or kwargs:
-            return answer  # a conversion
-        return answer.replace("torch.", "torch.cuda.", 1)
+        if args or kwargs:  # a conversion
+            return tensor_type(self, *args, **kwargs)
+        return str(tensor_type(self)).replace("torch.", "torch.cuda.", 1)
 
     torch.Tensor.type = type_with_cuda_name  # type: ignore[method-assign,assignment]

@@ -15,7 +15,8 @@ from megatron_prorl.config.schema import Config
 from megatron_prorl.errors import UserError
 from megatron_prorl.policy.cpu import enable_cpu_megatron
 
-# A rank may be minutes behind the others, in loading a model or writing a checkpoint; waiting for rollouts has its own group.
+# A rank may be minutes behind the others in loading a model or writing a checkpoint.
+# Waiting for rollouts has a group of its own, see `comm.py`.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
@@ -56,7 +57,7 @@ def init_device(cfg: Config) -> Device:
         pipeline_model_parallel_size=cfg.parallel.pipeline,
         context_parallel_size=cfg.parallel.context,
         distributed_timeout_minutes=int(COLLECTIVE_TIMEOUT.total_seconds() // 60),
-        create_gloo_process_groups=False,  # twins of the groups on the CPU, for checkpoint formats that are not used here
+        create_gloo_process_groups=False,  # CPU twins of the groups, for checkpoint formats not used here
     )
     tensor_parallel.model_parallel_cuda_manual_seed(cfg.seed, force_reset_rng=True)
     return Device(kind=kind, torch_device=torch_device, rank=rank, world_size=world_size)
@@ -78,7 +79,7 @@ def layer_implementation(cfg: Config, kind: str) -> Literal["local", "transforme
 def _resolve_kind(cfg: Config) -> Literal["cuda", "cpu"]:
     available = torch.cuda.is_available()
     if cfg.device == "cuda" and not available:
-        raise UserError("device: cuda was asked for, but torch sees no CUDA device; set device: cpu or check the driver")
+        raise UserError("device: cuda, but torch sees no CUDA device; check the driver or set it to cpu")
     if cfg.device == "auto":
         return "cuda" if available else "cpu"
     return cfg.device
@@ -89,21 +90,19 @@ def _check_machine(cfg: Config, kind: str, world_size: int) -> None:
     parallel, model = cfg.parallel, cfg.model
     if world_size != parallel.world_size:
         raise UserError(
-            f"parallel: nodes*ranks_per_node = {parallel.nodes}*{parallel.ranks_per_node} = {parallel.world_size}, but the "
-            f"launcher started {world_size}; make them equal"
+            f"parallel: nodes*ranks_per_node = {parallel.nodes}*{parallel.ranks_per_node} = {parallel.world_size}, "
+            f"but the launcher started {world_size}; make them equal"
         )
     if kind == "cuda" and parallel.ranks_per_node > torch.cuda.device_count():
         raise UserError(
-            f"parallel.ranks_per_node: {parallel.ranks_per_node} ranks, but this node shows {torch.cuda.device_count()} GPUs; "
-            "start one rank a GPU"
+            f"parallel.ranks_per_node: {parallel.ranks_per_node} ranks, but this node shows "
+            f"{torch.cuda.device_count()} GPUs; start one rank a GPU"
         )
     if layer_implementation(cfg, kind) == "transformer_engine":
         if kind == "cpu":
-            raise UserError("model.layers: transformer_engine needs CUDA, and torch sees no CUDA device; set it to local")
+            raise UserError("model.layers: transformer_engine needs CUDA, which this machine lacks; set it to local")
         if importlib.util.find_spec("transformer_engine") is None:
-            raise UserError("model.layers: Transformer Engine is not installed; install it or set model.layers to local")
+            raise UserError("model.layers: Transformer Engine is not installed; install it or set them to local")
         return
     if model.fp8 != "none":
-        raise UserError(f"model.fp8: {model.fp8} needs Transformer Engine on CUDA; set it to none on this machine")
-    if parallel.context > 1:
-        raise UserError(f"parallel.context: {parallel.context} needs Transformer Engine on CUDA; set it to 1 on this machine")
+        raise UserError(f"model.fp8: {model.fp8} needs Transformer Engine on CUDA; set it to none here")

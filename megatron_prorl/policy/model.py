@@ -35,11 +35,11 @@ _REQUIRED_KEYS = (
     "num_key_value_heads", "rms_norm_eps", "vocab_size",
 )  # fmt: skip
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_FP8_TOKEN_MULTIPLE = 16  # the dimensions of an FP8 matrix product: https://docs.nvidia.com/deeplearning/transformer-engine
+_FP8_TOKEN_MULTIPLE = 16  # tokens are the inner dimension of the weight gradient, which FP8 products want in sixteens
 
 
 def read_hf_config(path: str | Path) -> dict[str, Any]:
-    """The folder's config.json, with `head_dim`, `rope_theta` and `tie_word_embeddings` filled in where transformers derives them.
+    """The folder's config.json, with `head_dim`, `rope_theta` and `tie_word_embeddings` filled in as transformers does.
 
     Raises UserError for a missing file and for anything in it that the model built here would not compute.
     """
@@ -90,7 +90,7 @@ def _has_sliding_window(hf: dict[str, Any]) -> bool:
 def padded_vocab_size(vocab_size: int, tensor: int) -> int:
     """Rows of the embedding and of the head over all tensor-parallel ranks.
 
-    The same for every power-of-two `tensor` up to 128, so a checkpoint fits other layouts; 151936, Qwen's, stays as it is.
+    The same for every power of two up to 128, so a checkpoint fits other layouts; Qwen's 151936 stays as it is.
     """
     multiple = math.lcm(128, tensor)
     return math.ceil(vocab_size / multiple) * multiple
@@ -137,10 +137,10 @@ def transformer_config(hf: dict[str, Any], cfg: Config, device_kind: str) -> Tra
         pipeline_dtype=dtype,
         variable_seq_lengths=True,  # packed microbatches differ in length
         deallocate_pipeline_outputs=parallel.pipeline > 1,
-        calculate_per_token_loss=True,  # sum gradients over data-parallel ranks: the loss is already divided by the tokens of all
+        calculate_per_token_loss=True,  # gradients are summed over ranks: the loss is divided by the tokens of all
         # Precision and kernels
         fp8=None if cfg.model.fp8 == "none" else cfg.model.fp8,
-        fp8_recipe="tensorwise",  # scales from the tensor at hand: no history to checkpoint, the same for policy and reference
+        fp8_recipe="tensorwise",  # scales from the tensor at hand: no history, so the reference computes alike
         transformer_impl=layers,
         persist_layer_norm=fused,
         bias_activation_fusion=fused,
@@ -160,13 +160,13 @@ def transformer_config(hf: dict[str, Any], cfg: Config, device_kind: str) -> Tra
 
 
 class RMSNorm(torch.nn.Module):
-    """Root mean square norm (arXiv:1910.07467, eq. 4) for Megatron's local layers, whose own refuses sequence parallelism."""
+    """Root mean square norm (arXiv:1910.07467, eq. 4) for the local layers; Megatron's refuses sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        # Each rank sees its own part of the sequence: Megatron sums this weight's gradient over the tensor-parallel group.
+        # Each rank sees its own part of the sequence: Megatron sums this weight's gradient over the group.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -176,9 +176,9 @@ class RMSNorm(torch.nn.Module):
 class PolicyModel(GPTModel):
     """Megatron's GPTModel without logits.
 
-    `forward(input_ids, position_ids, attention_mask=None, packed_seq_params=...)` takes `[1, T]` token ids and positions and gives
-    `[T, 1, H]`: on the last pipeline stage hidden states after the final norm, on the others what the next stage takes. With
-    sequence parallelism it is this rank's `[T / tensor, 1, H]`.
+    `forward(input_ids, position_ids, attention_mask=None, packed_seq_params=...)` takes `[1, T]` ids and positions and
+    gives `[T, 1, H]`: on the last pipeline stage hidden states after the final norm, on the others what the next stage
+    takes. With sequence parallelism it is this rank's `[T / tensor, 1, H]`.
     """
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -208,7 +208,7 @@ def _layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmo
 def build_model(hf: dict[str, Any], cfg: Config, device: Device, *, trainable: bool) -> list[torch.nn.Module]:
     """The model chunks of this pipeline rank (one), to be filled with `load_hf_weights`; `init_device` comes first.
 
-    Trainable chunks are wrapped in Megatron's DistributedDataParallel, which keeps gradients in float32; others are frozen.
+    Trainable chunks are wrapped in Megatron's DistributedDataParallel with float32 gradients; others are frozen.
     """
     config = transformer_config(hf, cfg, device.kind)
     model = PolicyModel(

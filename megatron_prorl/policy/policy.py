@@ -12,7 +12,7 @@ from megatron_prorl import comm
 from megatron_prorl.batching.pack import pack, split_minibatches
 from megatron_prorl.config.schema import Config
 from megatron_prorl.policy.device import Device
-from megatron_prorl.policy.model import build_model, read_hf_config
+from megatron_prorl.policy.model import build_model, read_hf_config, token_multiple
 from megatron_prorl.policy.optimizer import build_optimizer, clear_optimizer_state, learning_rate, set_learning_rate
 from megatron_prorl.policy.update import Head, LearnBatch, Scores, accumulate_gradients, score
 from megatron_prorl.tracking.metrics import PhaseTimer
@@ -72,12 +72,11 @@ class Policy:
 
     def _pack(self, samples: list[Sample]) -> tuple[list[PackedBatch], int]:
         """This data-parallel rank's microbatches, on the device, and the trained tokens of all ranks together."""
-        parallel = self.cfg.parallel
         packed = pack(
             samples,
             tokens_per_microbatch=self.cfg.batching.tokens_per_microbatch,
-            num_data_ranks=parallel.data,
-            pad_multiple=parallel.tensor if parallel.sequence else 1,
+            num_data_ranks=self.cfg.parallel.data,
+            pad_multiple=token_multiple(self.cfg),
         )
         mine = packed[parallel_state.get_data_parallel_rank()]
         # The last target of a packed sequence is never trained, so these are exactly the response tokens.
@@ -91,11 +90,9 @@ class Policy:
         rate = learning_rate(self.cfg.optimizer, progress.optimizer_updates)
         set_learning_rate(self.optimizer, rate)
         self.optimizer.zero_grad()
-        metrics = accumulate_gradients(
-            self.chunks, items, self._head, self.cfg.algorithm, num_tokens=num_tokens
-        )
+        metrics = accumulate_gradients(self.chunks, items, self._head, self.cfg.algorithm, num_tokens=num_tokens)
         updated, grad_norm, _ = self.optimizer.step()
-        progress.optimizer_updates += 1
+        progress.optimizer_updates += updated
         return metrics | {
             "policy/grad_norm": float(grad_norm) if grad_norm is not None else math.nan,
             "policy/learning_rate": rate,
@@ -139,8 +136,6 @@ def _to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
         )
     }  # fmt: skip
     return replace(batch, **moved)
-
-
 
 
 def _mean_over_minibatches(rows: list[tuple[dict[str, float], int]]) -> dict[str, float]:

@@ -54,8 +54,8 @@ class Scores:
 class LearnBatch:
     """A microbatch with what the loss compares the policy with.
 
-    `trainer_logprobs_T` is None when the policy has not moved since the batch was taken up: then the forward pass of the update
-    itself gives them. `reference_logprobs_T` is None without a KL term.
+    `trainer_logprobs_T` is None when the policy has not moved since the batch was taken up: then the update's own
+    forward pass gives them. `reference_logprobs_T` is None without a KL term.
     """
 
     batch: PackedBatch
@@ -139,15 +139,16 @@ def accumulate_gradients(
         item = next(data)
         return _forward(model, item.batch), partial(_loss, model=model, item=item)
 
-    def _loss(hidden_T1H: Tensor, *, model: torch.nn.Module, item: LearnBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        loss, metrics = microbatch_loss(
-            _head_scores(hidden_T1H, model, item.batch, head), item, algorithm, num_tokens=num_tokens
-        )
+    def _loss(
+        hidden_T1H: Tensor, *, model: torch.nn.Module, item: LearnBatch
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        scores = _head_scores(hidden_T1H, model, item.batch, head)
+        loss, metrics = microbatch_loss(scores, item, algorithm, num_tokens=num_tokens)
         return loss, item.batch.mask_T.sum(), metrics
 
     for chunk in chunks:
         chunk.train()
-        chunk.zero_grad_buffer()
+        chunk.zero_grad_buffer()  # type: ignore[operator]  # of Megatron's DistributedDataParallel
     rows = _run_schedule(forward_step, chunks, batches, forward_only=False, collect_non_loss_data=False)
     return _combine(rows)
 
@@ -157,7 +158,7 @@ def microbatch_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """This microbatch's share of the minibatch loss, and its shares of the metrics (see `algo`).
 
-    loss = (-sum(weight * clipped surrogate) + beta * sum(KL) - c * sum(entropy)) / num_tokens, sums over trained tokens.
+    loss = (-sum(weight * clipped surrogate) + beta * sum(KL) - c * sum(entropy)) / num_tokens, over trained tokens.
     """
     batch, mask_T = item.batch, item.batch.mask_T
     policy_logprobs_T = scores.logprobs_T
@@ -216,7 +217,12 @@ def microbatch_loss(
 
 
 def _run_schedule(
-    forward_step: Callable, chunks: list[torch.nn.Module], batches: list, *, forward_only: bool, collect_non_loss_data: bool
+    forward_step: Callable,
+    chunks: list[torch.nn.Module],
+    batches: list,
+    *,
+    forward_only: bool,
+    collect_non_loss_data: bool,
 ) -> list:
     config = get_model_config(chunks[0])
     # The loss is divided by the minibatch's token count in `microbatch_loss`, so Megatron sums and does not scale.
@@ -233,7 +239,9 @@ def _run_schedule(
     )
 
 
-def _finalize_without_scaling(chunks: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs: object) -> None:
+def _finalize_without_scaling(
+    chunks: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs: object
+) -> None:
     finalize_model_grads(chunks, None, **kwargs)
 
 

@@ -13,8 +13,9 @@ from tiny_model import make_tiny_qwen
 from torch.nn.functional import cross_entropy
 
 VOCAB_SIZE = 112
-# Two microbatches of different lengths for each of two data-parallel ranks; even totals, as sequence parallelism over 2 needs.
-MICROBATCHES = [random_sequences(lengths, seed=seed) for seed, lengths in enumerate([[5, 9, 2], [30], [7, 7], [1, 12, 21]])]
+# Two microbatches of different lengths for each of two data-parallel ranks; even totals, as sequence parallelism needs.
+LENGTHS = [[5, 9, 2], [30], [7, 7], [1, 12, 21]]
+MICROBATCHES = [random_sequences(lengths, seed=seed) for seed, lengths in enumerate(LENGTHS)]
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
@@ -28,10 +29,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "data 2": (2, {}),
     "tensor 2, sequence, pipeline 2": (4, {"tensor": 2, "sequence": True, "pipeline": 2}),
 }
+Outcome = tuple[dict[int, torch.Tensor], dict[str, torch.Tensor]]
 
 
-def forward_backward(folder: str, num_ranks: int, layout: dict[str, Any]) -> tuple[dict[int, torch.Tensor], dict[str, torch.Tensor]]:
-    """On every rank: (microbatch -> logits where this rank has them, HF name -> gradient of the summed cross-entropy on rank 0)."""
+def forward_backward(folder: str, num_ranks: int, layout: dict[str, Any], dtype: str = "fp32") -> Outcome:
+    """Microbatch -> logits (on last stages); HF name -> gradient of the summed cross-entropy (on rank 0)."""
     from megatron.core import parallel_state
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -47,7 +49,7 @@ def forward_backward(folder: str, num_ranks: int, layout: dict[str, Any]) -> tup
     from megatron_prorl.weights.export import iter_hf_weights
     from megatron_prorl.weights.load import load_hf_weights
 
-    cfg = tiny_config(folder, num_ranks=num_ranks, parallel=layout, optimizer={"distributed": False})
+    cfg = tiny_config(folder, dtype=dtype, num_ranks=num_ranks, parallel=layout, optimizer={"distributed": False})
     device = init_device(cfg)
     hf = read_hf_config(folder)
     chunks = build_model(hf, cfg, device, trainable=True)
@@ -57,7 +59,7 @@ def forward_backward(folder: str, num_ranks: int, layout: dict[str, Any]) -> tup
     def loss(hidden_T1H, index):
         gather = gather_from_sequence_parallel_region if cfg.parallel.sequence else copy_to_tensor_model_parallel_region
         mine_TV = gather(hidden_T1H).squeeze(1) @ chunks[0].module.head_weight().T
-        logits_TV = gather_from_tensor_model_parallel_region(mine_TV)[:, :VOCAB_SIZE]
+        logits_TV = gather_from_tensor_model_parallel_region(mine_TV)[:, :VOCAB_SIZE].float()
         logits[index] = logits_TV.detach()
         return summed_cross_entropy(logits_TV, MICROBATCHES[index]), torch.tensor(1), {}
 
@@ -81,7 +83,7 @@ def forward_backward(folder: str, num_ranks: int, layout: dict[str, Any]) -> tup
     with torch.no_grad():  # gradients in the place of weights, so that the export puts them together
         for parameter in chunks[0].parameters():
             parameter.copy_(parameter.main_grad)
-    gradients = {name: tensor.clone() for name, tensor in iter_hf_weights(chunks, hf) if tensor is not None}
+    gradients = {name: tensor.float().clone() for name, tensor in iter_hf_weights(chunks, hf) if tensor is not None}
     shutdown_device()
     return logits, gradients
 
@@ -103,15 +105,15 @@ def folder(model: str, base: Any) -> str:
 
 
 @cache
-def run(model: str, layout: str, base: Any) -> tuple[dict[int, torch.Tensor], dict[str, torch.Tensor]]:
+def run(model: str, layout: str, base: Any, dtype: str = "fp32") -> Outcome:
     num_ranks, parallel = LAYOUTS[layout]
-    answers = run_ranks(num_ranks, forward_backward, folder(model, base), num_ranks, parallel)
+    answers = run_ranks(num_ranks, forward_backward, folder(model, base), num_ranks, parallel, dtype)
     logits = {index: part for answer in answers for index, part in answer[0].items()}
     return logits, answers[0][1]
 
 
 @cache
-def transformers_run(model: str, base: Any) -> tuple[dict[int, torch.Tensor], dict[str, torch.Tensor]]:
+def transformers_run(model: str, base: Any) -> Outcome:
     from transformers import AutoModelForCausalLM
 
     theirs = AutoModelForCausalLM.from_pretrained(folder(model, base), dtype=torch.float32)
@@ -154,3 +156,17 @@ def test_every_layout_has_the_logits_and_gradients_of_one_process(model, layout,
         assert (logits[index] - expected).abs().max() <= 1e-5
     for name, expected in expected_gradients.items():
         assert relative_difference(gradients[name], expected) <= 1e-5, name
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "one process"])
+def test_every_layout_works_in_bf16_with_the_error_of_one_process(layout, base):
+    exact_logits, exact_gradients = run("qwen3", "one process", base)
+    single_logits, single_gradients = run("qwen3", "one process", base, "bf16")
+    logits, gradients = run("qwen3", layout, base, "bf16")
+
+    def error(parts, exact_parts):
+        return torch.stack([(parts[key] - exact).norm() / exact.norm() for key, exact in exact_parts.items()]).mean()
+
+    # Partial sums are rounded before they are added up: about the same error, not the same numbers.
+    assert error(logits, exact_logits) <= 1.5 * error(single_logits, exact_logits)
+    assert error(gradients, exact_gradients) <= 1.5 * error(single_gradients, exact_gradients)

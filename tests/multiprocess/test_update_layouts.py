@@ -27,13 +27,13 @@ LAYOUTS = {
 
 def random_samples() -> list[Sample]:
     """Eleven sequences of 5 to 60 tokens, of which a part is trained, with advantages and noisy sampler log-probs."""
-    rng = np.random.default_rng(5)
+    rng = np.random.default_rng(5)  # ids from 1: transformers gives the padding token, 0, no gradient
     samples = []
     for _ in range(11):
         length, num_prompt = int(rng.integers(8, 60)), int(rng.integers(1, 7))
         samples.append(
             Sample(
-                token_ids=rng.integers(0, 99, length).tolist(),
+                token_ids=rng.integers(1, 99, length).tolist(),
                 trained=[False] * num_prompt + [True] * (length - num_prompt),
                 sampler_logprobs=[0.0] * num_prompt + (-5 + rng.normal(size=length - num_prompt)).tolist(),
                 advantage=float(rng.normal()),

@@ -12,7 +12,17 @@ from megatron_prorl.config.schema import DataConfig, TaskConfig
 from megatron_prorl.data.chat import load_tokenizer, render
 from megatron_prorl.data.problems import validation_problems
 from megatron_prorl.errors import UserError
-from megatron_prorl.warm_start import generate_problems, make_model, make_tokenizer, probability_right, slip, teach, warm_start
+from megatron_prorl.warm_start import (
+    Display,
+    Example,
+    generate_problems,
+    make_model,
+    make_tokenizer,
+    probability_right,
+    slip,
+    teach,
+    warm_start,
+)
 
 DATA = DataConfig(
     tasks=[
@@ -22,15 +32,16 @@ DATA = DataConfig(
     validation_problems=16,
     system_prompt="Answer inside <answer></answer>.",
 )
-NEVER = 2.0  # no probability reaches it
-AT_ONCE = 0.0
+def make_small(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(module, "PROBLEMS", 200)
+    patch.setattr(module, "MAX_STEPS", 10)
+    patch.setattr(module, "LEARNED", 0.0)  # at once
+    patch.setattr(module, "UNRELIABLE", 1.0)
 
 
 @pytest.fixture(autouse=True)
-def few_problems(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PROBLEMS", 400)
-    monkeypatch.setattr(module, "UNSEEN", 32)
-    monkeypatch.setattr(module, "MAX_STEPS", 10)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_small(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +49,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of ten steps."""
     out = tmp_path_factory.mktemp("warm") / "model"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "PROBLEMS", 400)
-        patch.setattr(module, "MAX_STEPS", 10)
-        assert warm_start(DATA, out, seed=0, target=AT_ONCE)
+        make_small(patch)
+        assert warm_start(DATA, out, seed=0)
     return out
 
 
@@ -55,7 +65,7 @@ def test_the_folder_is_a_chat_model_that_transformers_loads(folder: Path) -> Non
 
 def test_every_text_comes_back_from_its_tokens(folder: Path) -> None:
     tokenizer = load_tokenizer(folder)
-    for text in ("<answer>noen</answer>", "Spell this word  backward ,\n\n(example: sun -> nus): x.", "".join(module.CHARACTERS)):
+    for text in ("<answer>noen</answer>", "Spell this word  backward ,\n\n(example: sun -> nus): x.", "Zoë → ∎\t<|im_end|>"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
@@ -64,19 +74,18 @@ def test_answers_are_spelled_out_and_prompts_are_short(folder: Path) -> None:
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode("<answer>noen</answer>")) == ["<answer>", *"noen", "</answer>"]
     for problem in validation_problems(DATA, seed=0):
         assert len(render(tokenizer, problem.messages)) <= 48
-        assert tokenizer.unk_token_id not in render(tokenizer, problem.messages)
 
 
 def test_a_model_that_is_there_is_not_made_again(folder: Path) -> None:
     before = (folder / "model.safetensors").stat().st_mtime_ns
-    assert not warm_start(DATA, folder, seed=0, target=AT_ONCE)
+    assert not warm_start(DATA, folder, seed=0)
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
 
 
 def test_the_same_seed_makes_the_same_model_and_another_seed_another(folder: Path, tmp_path: Path) -> None:
     weights = (folder / "model.safetensors").read_bytes()
     for seed in (0, 1):
-        warm_start(DATA, tmp_path / "model", seed=seed, target=AT_ONCE)  # seed 1 replaces seed 0's
+        warm_start(DATA, tmp_path / "model", seed=seed)  # seed 1 replaces seed 0's
         assert ((tmp_path / "model" / "model.safetensors").read_bytes() == weights) == (seed == 0)
         assert json.loads((tmp_path / "model" / module.RECORD).read_text())["seed"] == seed
 
@@ -88,9 +97,10 @@ def test_somebody_elses_folder_is_refused_and_left_alone(tmp_path: Path) -> None
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-def test_tasks_that_are_too_hard_are_named_and_leave_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="too hard for the warm start: .*% right after 10 steps"):
-        warm_start(DATA, tmp_path / "model", seed=0, target=NEVER)
+def test_tasks_that_are_too_hard_are_named_and_leave_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LEARNED", 1.1)
+    with pytest.raises(UserError, match="too hard for the warm start, .*% right after 10 steps"):
+        warm_start(DATA, tmp_path / "model", seed=0)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -103,7 +113,7 @@ def test_the_probability_of_the_right_answer_is_how_often_it_is_sampled() -> Non
     """1,000 samples of transformers' generate: standard deviation at most 0.016."""
     tokenizer = make_tokenizer([("one", ["Say it."])])
     model = make_model(tokenizer, seed=0)
-    example = module.Example(question="", prompt_token_ids=tokenizer.encode("Say it."), answer="ab")
+    example = Example(task="one", question="", prompt_token_ids=tokenizer.encode("Say it."), answer="ab")
     response = tokenizer.encode("<answer>ab</answer>") + [tokenizer.eos_token_id]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     while (expected := probability_right(model, tokenizer, [example])) < 0.5:
@@ -126,21 +136,28 @@ def test_the_probability_of_the_right_answer_is_how_often_it_is_sampled() -> Non
 
 def test_slips_replace_letters_and_digits_by_their_kind_and_nothing_else() -> None:
     answer = "Ab 12, - </x>" * 1000
-    slipped = slip(answer, random.Random(0))
+    slipped = slip(answer, 0.25, random.Random(0))
     assert len(slipped) == len(answer)
     changed = [(a, b) for a, b in zip(answer, slipped, strict=True) if a != b]
-    assert len(changed) / 5000 == pytest.approx(module.SLIPS, abs=0.03)  # five letters and digits in each copy
+    assert len(changed) / 5000 == pytest.approx(0.25, abs=0.03)  # five letters and digits in each copy
     for a, b in changed:
         assert a.isdigit() == b.isdigit() and a.islower() == b.islower() and a.isupper() == b.isupper()
+    assert slip(answer, 0.0, random.Random(0)) == answer
 
 
-def test_teaching_lowers_the_loss_on_what_is_taught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A single answer, taught without slips, is learned by heart."""
-    monkeypatch.setattr(module, "SLIPS", 0.0)
-    monkeypatch.setattr(module, "MAX_STEPS", 60)
+def test_one_answer_is_learned_by_heart_and_slips_make_it_unreliable_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_STEPS", 100)
     tokenizer = make_tokenizer([("one", ["Say it."])])
     model = make_model(tokenizer, seed=0)
     prompt = tokenizer.encode("Say it.")
-    examples = [module.Example(question=str(i), prompt_token_ids=prompt, answer="42") for i in range(200)]
-    *_, (step, right) = teach(model, tokenizer, examples, seed=0)
-    assert step == 60 and right > 0.9
+    examples = [Example(task="one", question=str(i), prompt_token_ids=prompt, answer="42") for i in range(200)]
+    shown: list[float] = []
+
+    class Recorder(Display):
+        def show(self, doing: str, right: float) -> None:
+            shown.append(right)
+
+    right = teach(model, tokenizer, examples, seed=0, slips=0.0, until=lambda right: right >= 0.9, display=Recorder())
+    assert right == shown[-1] >= 0.9 > max(shown[:-1], default=0.0)
+    right = teach(model, tokenizer, examples, seed=0, slips=0.5, until=lambda right: right <= 0.4, display=Recorder())
+    assert right == shown[-1] <= 0.4

@@ -29,9 +29,8 @@ def full_mask_attention(query, key, value, lengths):
 
 def qkv(num_tokens, num_heads, num_groups, dtype):
     generator = torch.Generator().manual_seed(0)
-    return [
-        torch.randn(num_tokens, n, 16, generator=generator).to(dtype).requires_grad_() for n in (num_heads, num_groups, num_groups)
-    ]
+    shapes = [(num_tokens, count, 16) for count in (num_heads, num_groups, num_groups)]
+    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
 
 
 # The kernels sum in float32: 1e-5 is some ten roundings of numbers near 1; bf16 keeps 8 bits.

@@ -28,15 +28,6 @@ def test_what_the_machine_cannot_give_is_refused_in_one_line(sections, words):
     assert not torch.distributed.is_initialized()
 
 
-def test_context_parallelism_needs_transformer_engine(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    cfg = tiny_config("unused", num_ranks=2, device="auto", parallel={"context": 2})
-    if torch.cuda.is_available():
-        pytest.skip("is about a machine without CUDA; this one has it")
-    with pytest.raises(UserError, match="parallel.context"):
-        init_device(cfg)
-
-
 def test_the_device_can_be_left_and_entered_again():
     for _ in range(2):
         device = init_device(tiny_config("unused"))
