@@ -37,9 +37,18 @@ import yaml
 PROMPTS, RESPONSES = 16, 16  # a step
 WARMUP_STEPS = 2
 VOCABULARY = 256
-MAX_PROMPT_TOKENS = 192
+MAX_PROMPT_TOKENS = 64
 OVERHEAD_TARGET = 0.15
-PAD, START, END, UNKNOWN = SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>")
+SEED = 0
+DATA = {
+    "tasks": [{"task": "chain_sum", "params": {"min_terms": 2, "max_terms": 2}}],
+    "validation_problems": 1,
+    "system_prompt": "Answer inside <answer></answer>.",
+}
+PROMPT_WORDS = [
+    *("system\n", "user\n", "assistant\n", "Answer", " inside", " <answer></answer>.", "State", " the", " final"),
+    *(" answer", " to", " following", " arithmetic", " problem:"),
+]
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -71,20 +80,26 @@ class SideFailed(RuntimeError):
 
 
 def make_model(folder: Path) -> None:
-    """The model and a character tokenizer of VOCABULARY entries, in Hugging Face format."""
-    import torch
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    """The model in Hugging Face format, with a tokenizer that knows the prompts' words and else spells in characters.
 
-    ascii_and_latin = ["\n", *map(chr, range(32, 127)), *map(chr, range(0xA1, 0x17F))]
-    entries = [*SPECIAL, *ascii_and_latin][:VOCABULARY]
-    tokenizer = Tokenizer(models.WordLevel({entry: i for i, entry in enumerate(entries)}, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, unk_token=UNKNOWN)
-    fast.chat_template = CHAT_TEMPLATE
-    assert len(fast) == VOCABULARY
+    Ids above the tokenizer's are drawn like all others and decode to nothing, as Qwen's padding rows do.
+    """
+    import torch
+    from tokenizers import AddedToken
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+    characters = [*map(chr, range(33, 127)), "\u0120", "\u010a"]  # the latter are GPT-2's names of space and newline
+    tokenizer = Qwen2Tokenizer(
+        vocab={character: i for i, character in enumerate(characters)},
+        merges=[],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=["<|im_start|>"],
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in dict.fromkeys(PROMPT_WORDS)])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    assert len(tokenizer) <= VOCABULARY
 
     config = Qwen2Config(
         vocab_size=VOCABULARY,
@@ -97,14 +112,14 @@ def make_model(folder: Path) -> None:
         rope_theta=10000.0,
         tie_word_embeddings=False,
         bos_token_id=None,
-        eos_token_id=fast.eos_token_id,
-        pad_token_id=fast.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(config)
     torch.nn.init.normal_(model.lm_head.weight, std=1e-4)
     model.save_pretrained(folder)
-    fast.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def our_config(shape: Shape, model: Path, run_dir: Path) -> dict[str, Any]:
@@ -114,11 +129,8 @@ def our_config(shape: Shape, model: Path, run_dir: Path) -> dict[str, Any]:
         "steps": WARMUP_STEPS + shape.our_steps + 1,  # the last one also validates, and is not counted
         "device": "cpu",
         "model": {"path": str(model), "dtype": "fp32"},
-        "data": {
-            "tasks": [{"task": "chain_sum", "params": {"min_terms": 2, "max_terms": 2}}],
-            "validation_problems": 1,
-            "system_prompt": "Answer inside <answer></answer>.",
-        },
+        "seed": SEED,
+        "data": DATA,
         "rollout": {
             "prompts_per_step": PROMPTS,
             "rollouts_per_prompt": RESPONSES,
@@ -133,6 +145,7 @@ def our_config(shape: Shape, model: Path, run_dir: Path) -> dict[str, Any]:
             "shaping": {"unterminated_penalty": 1.0},  # of a random text the verifier's score is 0: this one varies
         },
         "optimizer": {"learning_rate": 1e-9, "updates_per_step": 1},
+        "batching": {"tokens_per_microbatch": 8192},
         "validation": {"every_steps": 0, "samples": 1},
         "checkpoint": {"every_steps": 1_000_000},
     }

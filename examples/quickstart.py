@@ -1,7 +1,7 @@
 """A whole ProRL run on a laptop's CPU: make a tiny model, train it, and show what it has learned.
 
-    python examples/quickstart.py                        # again to go on where it was stopped
-    python examples/quickstart.py --seed 1 steps=40      # any key=value of the configuration
+python examples/quickstart.py                        # again to go on where it was stopped
+python examples/quickstart.py --seed 1 steps=40      # any key=value of the configuration
 """
 
 from __future__ import annotations
@@ -57,7 +57,11 @@ def summarize(run_dir: Path) -> None:
     rows = read_metrics(run_dir)
     held_out = [row["validation/reward"] for row in rows if math.isfinite(row.get("validation/reward", math.nan))]
     num_resets = sum(row.get("reset/happened") == 1.0 for row in rows)
-    print(f"\nheld-out reward  {held_out[0]:.3f} before, {held_out[-1]:.3f} after {rows[-1]['step']} steps" if held_out else "")
+    print(
+        f"\nheld-out reward  {held_out[0]:.3f} before, {held_out[-1]:.3f} after {rows[-1]['step']} steps"
+        if held_out
+        else ""
+    )
     print(f"resets           {num_resets}")
     print(f"run directory    {run_dir}")
     print(f"curves           {curves(run_dir, run_dir / 'curves.png')}")

@@ -6,6 +6,7 @@ Nothing heavy is imported until a command needs it: a mistake in a configuration
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import warnings
@@ -13,6 +14,8 @@ from collections.abc import Sequence
 
 from megatron_prorl import __version__
 from megatron_prorl.errors import UserError
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,7 +82,15 @@ def _train(args: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", r"(Transformer Engine and )?Apex (is|are) not installed")
     from megatron_prorl.train import run
 
-    run(cfg)
+    try:
+        run(cfg)
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        raise UserError(
+            f"cannot write {error.filename or cfg.run_dir}: {os.strerror(error.errno).lower()}; "
+            "make room and start again: the run goes on from its last checkpoint"
+        ) from error
     return 0
 
 

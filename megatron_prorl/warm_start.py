@@ -1,8 +1,8 @@
-"""The quickstart's base model: a tiny Qwen2, made and taught on the spot from the run's own task mix, so that nothing is downloaded.
+"""The quickstart's base model: a tiny Qwen2, made and taught on the spot with the run's tasks; nothing is downloaded.
 
-It is taught in two parts. First from right answers, until it is right on LEARNED of the problems that it has not seen. Then from
-answers with slips in them, until it is right on no more than UNRELIABLE: it still tends to the right answer, but rarely gets there
-without a slip. From such a model, reinforcement learning first gains by sharpening, as it does from real base models.
+It is taught in two parts. First from right answers, until it is right on LEARNED of the problems that it has not seen.
+Then from answers with slips in them, until it is right on no more than UNRELIABLE: it still tends to the right answer,
+but often slips on the way. So reinforcement learning gains by sharpening at first, as it does from real base models.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import string
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -36,11 +36,11 @@ LEARNED = 0.55
 UNRELIABLE = 0.28
 SLIPS = 0.25  # share of an answer's letters and digits that are replaced by any other
 MAX_STEPS = 1200  # of either part
-MEASURED_STEPS = 10  # from one look at unseen problems to the next
+MEASURED_STEPS = 5  # from one look at unseen problems to the next
 BATCH = 64  # examples a step
 PROBLEMS = 4000
 UNSEEN_SHARE, UNSEEN_MOST = 0.1, 64  # of each task's different problems, kept to measure with
-LEARNING_RATE = 4e-3
+LEARNING_RATE, SLIPS_LEARNING_RATE = 4e-3, 5e-4
 WARMUP_STEPS = 30
 SECONDS_A_LINE = 10.0
 SEED_OFFSET = 1_000_003  # the run with the same seed draws other problems
@@ -65,8 +65,8 @@ class Example:
 def warm_start(data: DataConfig, out: str | Path, *, seed: int) -> bool:
     """Make the model in folder `out` unless it is there already; returns whether it was made.
 
-    The folder appears complete, by rename. The held-out problems of the run with the same `data` and `seed` are neither taught nor
-    looked at. Raises UserError if `out` holds something else, or if the tasks are too hard for so small a model.
+    The folder appears complete, by rename. The held-out problems of the run with the same `data` and `seed` are neither
+    taught nor looked at. Raises UserError if `out` holds something else, or if the tasks are too hard for the model.
     """
     out = Path(out)
     record = {"data": data.model_dump(), "seed": seed}
@@ -88,10 +88,17 @@ def warm_start(data: DataConfig, out: str | Path, *, seed: int) -> bool:
         for problem in problems
     ]
     with Display() as display:
-        right = teach(model, tokenizer, examples, seed=seed, slips=0.0, until=lambda right: right >= LEARNED, display=display)
+        right = teach(
+            model, tokenizer, examples, seed=seed, slips=0.0, until=lambda right: right >= LEARNED, display=display
+        )
         if right < LEARNED:
-            raise UserError(f"data.tasks: too hard for the warm start, {right:.0%} right after {MAX_STEPS} steps; choose easier params")
-        teach(model, tokenizer, examples, seed=seed, slips=SLIPS, until=lambda right: right <= UNRELIABLE, display=display)
+            raise UserError(
+                f"data.tasks: too hard for the warm start, {right:.0%} right after {MAX_STEPS} steps; "
+                "choose easier params"
+            )
+        teach(
+            model, tokenizer, examples, seed=seed, slips=SLIPS, until=lambda right: right <= UNRELIABLE, display=display
+        )
     draft = out.with_name(f"{out.name}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
     model.save_pretrained(draft)
@@ -113,8 +120,8 @@ def generate_problems(data: DataConfig, seed: int) -> list[Any]:
 def make_tokenizer(problem_texts: Iterable[tuple[str, list[str]]]) -> Qwen2Tokenizer:
     """A tokenizer with Qwen's chat markers for problems given as (task, message texts).
 
-    What the problems of a task have in common is one token a word, so that prompts are short; everything else is spelled out in
-    bytes, so that a model can turn letters round.
+    What the problems of a task have in common is one token a word, so that prompts are short; everything else is
+    spelled out in bytes, so that a model can turn letters round.
     """
     from tokenizers import AddedToken, pre_tokenizers
     from transformers import Qwen2Tokenizer
@@ -123,14 +130,24 @@ def make_tokenizer(problem_texts: Iterable[tuple[str, list[str]]]) -> Qwen2Token
     problems_with_word: Counter[tuple[str, str]] = Counter()
     for task, texts in problem_texts:
         problems_of_task[task] += 1
-        words = {word for text in texts for word in re.findall(r"\s?\S+", text) if len(word) > 2 and not re.search(r"\d", word)}
+        words = {
+            word
+            for text in texts
+            for word in re.findall(r"\s?\S+", text)
+            if len(word) > 2 and not re.search(r"\d", word)
+        }
         problems_with_word.update((task, word) for word in words)
     common = {word for (task, word), n in problems_with_word.items() if n >= 0.3 * problems_of_task[task]}
 
     # Of this very class, because for Qwen2 models transformers loads no other, whatever the files say.
     byte_vocabulary = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Qwen2Tokenizer(
-        vocab=byte_vocabulary, merges=[], eos_token=END, pad_token=PAD, extra_special_tokens=[START], clean_up_tokenization_spaces=False
+        vocab=byte_vocabulary,
+        merges=[],
+        eos_token=END,
+        pad_token=PAD,
+        extra_special_tokens=[START],
+        clean_up_tokenization_spaces=False,
     )
     tokenizer.add_tokens([AddedToken(word, normalized=False) for word in sorted(common.union(FRAME))])
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -150,7 +167,7 @@ def make_model(tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2ForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=1024,
-        rope_theta=10000.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -173,21 +190,25 @@ def teach(
 ) -> float:
     """Supervised steps on the tokens of the responses, MAX_STEPS at most; returns the last `probability_right`.
 
-    Every MEASURED_STEPS that is measured on problems which are never taught, mean over the tasks, and `until` says whether it is
-    enough.
+    Every MEASURED_STEPS that is measured on problems which are never taught, as the mean over the tasks, and `until`
+    says whether to stop there.
     """
     import torch
 
     rng = random.Random(seed)
     taught, unseen = set_aside(examples)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=SLIPS_LEARNING_RATE if slips else LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min(1.0, (n + 1) / WARMUP_STEPS))
     right = 0.0
     for step in range(1, MAX_STEPS + 1):
         batch = [(example.prompt_token_ids, slip(example.answer, slips, rng)) for example in rng.sample(taught, BATCH)]
-        logprobs_BT, num_tokens = _answer_logprobs(model, tokenizer, batch)
+        batch.sort(key=lambda example: len(example[0]))  # in halves of similar lengths there is less padding
+        halves = [_answer_logprobs(model, tokenizer, half) for half in (batch[: BATCH // 2], batch[BATCH // 2 :])]
+        loss = -torch.stack([logprobs_BT.sum() for logprobs_BT, _ in halves]).sum() / sum(n for _, n in halves)
         optimizer.zero_grad()
-        (-logprobs_BT.sum() / num_tokens).backward()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -204,7 +225,10 @@ def set_aside(examples: list[Example]) -> tuple[list[Example], list[list[Example
     by_task: dict[str, dict[str, Example]] = {}
     for example in examples:
         by_task.setdefault(example.task, {})[example.question] = example
-    unseen = [list(different.values())[-min(UNSEEN_MOST, ceil(UNSEEN_SHARE * len(different))) :] for different in by_task.values()]
+    unseen = [
+        list(different.values())[-min(UNSEEN_MOST, ceil(UNSEEN_SHARE * len(different))) :]
+        for different in by_task.values()
+    ]
     questions = {example.question for of_task in unseen for example in of_task}
     return [example for example in examples if example.question not in questions], unseen
 
@@ -218,22 +242,26 @@ def slip(answer: str, share: float, rng: random.Random) -> str:
 
 
 def _kind(character: str) -> str:
-    return next((kind for kind in (string.digits, string.ascii_lowercase, string.ascii_uppercase) if character in kind), "")
+    return next(
+        (kind for kind in (string.digits, string.ascii_lowercase, string.ascii_uppercase) if character in kind), ""
+    )
 
 
 def probability_right(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, examples: list[Example]) -> float:
-    """The mean probability that a response sampled at temperature 1 is the right answer, exactly as it would be written."""
+    """The mean probability that a response sampled at temperature 1 is the right answer, as it would be written."""
     import torch
 
     with torch.no_grad():
-        logprobs_BT, _ = _answer_logprobs(model, tokenizer, [(example.prompt_token_ids, example.answer) for example in examples])
+        logprobs_BT, _ = _answer_logprobs(
+            model, tokenizer, [(example.prompt_token_ids, example.answer) for example in examples]
+        )
     return logprobs_BT.sum(dim=1).exp().mean().item()
 
 
 def _answer_logprobs(
     model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, prompts_with_answers: list[tuple[list[int], str]]
 ) -> tuple[torch.Tensor, int]:
-    """Log-probs [B, T] of the tokens of each response, its end token included, and 0.0 elsewhere; and how many tokens these are."""
+    """Log-probs [B, T] of each response's tokens, end token included, 0.0 elsewhere; and how many tokens these are."""
     import torch
 
     sequences = []
@@ -241,7 +269,9 @@ def _answer_logprobs(
         response = tokenizer.encode(f"<answer>{answer}</answer>", add_special_tokens=False) + [tokenizer.eos_token_id]
         sequences.append((prompt, response))
     length = max(len(prompt) + len(response) for prompt, response in sequences)
-    token_ids_BT = torch.full((len(sequences), length), tokenizer.pad_token_id)  # on the right, where causal attention never looks
+    token_ids_BT = torch.full(
+        (len(sequences), length), tokenizer.pad_token_id
+    )  # on the right, where causal attention never looks
     taught_BT = torch.zeros_like(token_ids_BT, dtype=torch.bool)
     for row, (prompt, response) in enumerate(sequences):
         end = len(prompt) + len(response)

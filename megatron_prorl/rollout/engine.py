@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import logging
@@ -11,14 +12,17 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
 from megatron_prorl.config.schema import Config
 from megatron_prorl.errors import UserError
 from megatron_prorl.rollout.client import EngineClient
+from megatron_prorl.rollout.openmp import remove_orphaned_segments
 from megatron_prorl.rollout.plugin import PARENT_VARIABLE
 from megatron_prorl.rollout.server import FORK_VARIABLE
 
@@ -31,7 +35,11 @@ POLL_SECONDS = 0.1
 # A trainer rank's place in its process group, which is not the engine's.
 _TRAINER_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
-_LIBRARY_FOLDERS = (f"{sys.prefix}/lib", "/usr/lib/*-linux-gnu", "/usr/lib64", "/usr/lib", "/usr/local/lib", "/opt/conda/lib")
+_LIBRARY_FOLDERS = (f"{sys.prefix}/lib", "/usr/lib/*-linux-gnu", "/usr/lib64", "/usr/lib", "/usr/local/lib")
+_LIBRARIES = {"libtcmalloc*.so.4": "Debian: libtcmalloc-minimal4", "libiomp5.so": "pip: intel-openmp"}
+
+_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # vllm/v1/attention/backends/cpu_attn.py
+_SMALL_MODEL_BYTES = 64 * 2**20  # below, threads of one step wait for each other longer than they compute
 
 
 @dataclass(slots=True)
@@ -43,7 +51,7 @@ class _Engine:
     log: IO[bytes] | None = None
     started: float = 0.0  # Unix time
     num_starts: int = 0
-    log_start: int = field(default=0)  # where the current process's part of the log begins
+    log_start: int = 0  # where the current process's part of the log begins, bytes
 
 
 class EngineSupervisor:
@@ -51,6 +59,7 @@ class EngineSupervisor:
 
     Each has a log and an announcement (pid, url, start time) in `run_dir`/engines. They end with this process, however
     it ends. Raises UserError for what a user can fix: a taken port, a model that vLLM cannot load, too little memory.
+    `restart_dead` may be called from any thread; the rest belongs to one.
     """
 
     def __init__(self, cfg: Config, model_path: str | Path, run_dir: str | Path) -> None:
@@ -59,6 +68,7 @@ class EngineSupervisor:
         self._folder = Path(run_dir) / "engines"
         self._device = engine_device(cfg)
         self._engines: list[_Engine] = []
+        self._restarting = threading.Lock()
 
     @property
     def urls(self) -> list[str]:
@@ -67,10 +77,13 @@ class EngineSupervisor:
 
     def start(self) -> None:
         """Start every engine and return at once; `wait_ready` waits for them."""
+        check_model(self._model_path, self._device)
+        remove_orphaned_segments()
         self._folder.mkdir(parents=True, exist_ok=True)
+        first_port = self._cfg.rollout.engines.port
         try:
             for index in range(self._cfg.rollout.engines.count):
-                reserved = reserve_port(self._cfg.rollout.engines.port and self._cfg.rollout.engines.port + index)
+                reserved = reserve_port(first_port + index if first_port else 0)
                 engine = _Engine(index=index, reserved=reserved, url=f"http://{HOST}:{reserved.getsockname()[1]}")
                 self._engines.append(engine)
                 self._start_one(engine)
@@ -79,23 +92,25 @@ class EngineSupervisor:
             raise
 
     def wait_ready(self) -> None:
-        """Return when every engine answers. Raises UserError with the engine's last error if one ends or takes too long."""
+        """Return when every engine answers. Raises UserError with its last error if one ends, or takes too long."""
         for engine in self._engines:
             self._wait_one(engine)
 
-    def restart_dead(self) -> list[int]:
-        """Restart engines that have ended or do not answer, wait for them, and return their indices.
+    def restart_dead(self, indices: Iterable[int] | None = None) -> list[int]:
+        """Restart those of `indices` (None: of all engines) that have ended or do not answer; returns them, ready.
 
         They come back with the weights of `model_path`: give them the current ones before they serve.
         """
-        dead = [engine for engine in self._engines if not self._alive(engine)]
-        for engine in dead:
-            logger.warning("engine %d (%s) does not answer: restarting it", engine.index, engine.url)
-            _end(engine)
-            self._start_one(engine)
-        for engine in dead:
-            self._wait_one(engine)
-        return [engine.index for engine in dead]
+        with self._restarting:
+            asked = range(len(self._engines)) if indices is None else sorted(set(indices))
+            dead = [self._engines[i] for i in asked if not self._alive(self._engines[i])]
+            for engine in dead:
+                logger.warning("engine %d (%s) does not answer: restarting it", engine.index, engine.url)
+                _end(engine)
+                self._start_one(engine)
+            for engine in dead:
+                self._wait_one(engine)
+            return [engine.index for engine in dead]
 
     def stop(self) -> None:
         """End every engine; returns when no process of theirs is left."""
@@ -107,6 +122,7 @@ class EngineSupervisor:
             engine.reserved.close()
             self._announcement(engine).unlink(missing_ok=True)
         self._engines.clear()
+        remove_orphaned_segments()
 
     def __enter__(self) -> EngineSupervisor:
         self.start()
@@ -124,7 +140,7 @@ class EngineSupervisor:
         engine.log_start = log_path.stat().st_size
         engine.started = time.time()
         inherited = {name: value for name, value in os.environ.items() if name not in _TRAINER_VARIABLES}
-        environment = inherited | engine_environment(self._cfg, self._device, engine.index)
+        environment = inherited | engine_environment(self._cfg, self._device, self._model_path, engine.index)
         arguments = engine_arguments(
             self._cfg,
             self._device,
@@ -231,8 +247,8 @@ def transfer_backend(cfg: Config, device: Literal["cuda", "cpu"]) -> str:
     return "ipc" if cfg.rollout.engines.placement == "shared" else "nccl"
 
 
-def engine_environment(cfg: Config, device: Literal["cuda", "cpu"], index: int) -> dict[str, str]:
-    """What an engine's environment adds to the trainer's."""
+def engine_environment(cfg: Config, device: Literal["cuda", "cpu"], model_path: str, index: int) -> dict[str, str]:
+    """What the environment of engine `index` adds to the trainer's."""
     environment = {
         PARENT_VARIABLE: str(os.getpid()),
         "VLLM_SERVER_DEV_MODE": "1",  # the routes for weight updates
@@ -242,14 +258,8 @@ def engine_environment(cfg: Config, device: Literal["cuda", "cpu"], index: int) 
         "TOKENIZERS_PARALLELISM": "false",
     }
     if device == "cuda":
-        first = index * cfg.rollout.engines.tensor
-        if cfg.rollout.engines.placement == "separate":
-            first += cfg.parallel.ranks_per_node
-        mine = range(first, first + cfg.rollout.engines.tensor)
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = [visible.split(",")[i] for i in mine] if visible else [str(i) for i in mine]
         return environment | {
-            "CUDA_VISIBLE_DEVICES": ",".join(gpus),
+            "CUDA_VISIBLE_DEVICES": ",".join(_engine_gpus(cfg, index)),
             "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # CUDA IPC handles travel pickled
         }
     libraries = preload_libraries()
@@ -258,16 +268,44 @@ def engine_environment(cfg: Config, device: Literal["cuda", "cpu"], index: int) 
     return environment | {
         "LD_PRELOAD": ":".join(libraries),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # allows the "uni" executor on a CPU; the engine core keeps its process
-        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // cfg.rollout.engines.count)),
-        "KMP_BLOCKTIME": "1",  # ms that an idle OpenMP thread spins: trainer and engine share the cores
+        "TORCH_COMPILE_DISABLE": "1",  # else the sampler compiles a small function in the first step
+        "OMP_NUM_THREADS": str(cpu_threads(model_path, cfg.rollout.engines.count)),
+        "KMP_BLOCKTIME": "1",  # ms that an idle OpenMP thread spins: trainer and engines share the cores
     }
+
+
+def _engine_gpus(cfg: Config, index: int) -> list[str]:
+    """The GPUs of engine `index`, by the names that CUDA_VISIBLE_DEVICES gives them."""
+    engines = cfg.rollout.engines
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible:
+        names = visible.split(",")
+    else:
+        import torch
+
+        names = [str(i) for i in range(torch.cuda.device_count())]
+    first = index * engines.tensor + (cfg.parallel.ranks_per_node if engines.placement == "separate" else 0)
+    if first + engines.tensor > len(names):
+        raise UserError(
+            f"rollout.engines: engine {index} needs GPU {first + engines.tensor - 1}, but the first trainer's node "
+            f"shows {len(names)}; lower count or tensor"
+        )
+    return names[first : first + engines.tensor]
+
+
+def cpu_threads(model_path: str, num_engines: int) -> int:
+    """OpenMP threads of one engine: its share of the cores, but one for a small model, where they would mostly wait."""
+    if sum(path.stat().st_size for path in Path(model_path).glob("*.safetensors")) < _SMALL_MODEL_BYTES:
+        return 1
+    return max(1, len(os.sched_getaffinity(0)) // num_engines)
 
 
 def preload_libraries() -> list[str]:
     """tcmalloc and Intel's OpenMP, without which vLLM on a CPU is several times slower; says so where one is absent."""
     found = []
-    for pattern, package in (("libtcmalloc*.so.4", "Debian: libtcmalloc-minimal4"), ("libiomp5.so", "pip: intel-openmp")):
-        paths = [p for folder in _LIBRARY_FOLDERS for p in sorted(glob.glob(f"{folder}/{pattern}")) if "debug" not in p]
+    for pattern, package in _LIBRARIES.items():
+        paths = [path for folder in _LIBRARY_FOLDERS for path in sorted(glob.glob(f"{folder}/{pattern}"))]
+        paths = [path for path in paths if "debug" not in path]
         if paths:
             found.append(paths[0])
         else:
@@ -275,8 +313,19 @@ def preload_libraries() -> list[str]:
     return found
 
 
+def check_model(model_path: str, device: Literal["cuda", "cpu"]) -> None:
+    """Raise UserError for a model folder that no engine can serve."""
+    try:
+        hf = json.loads((Path(model_path) / "config.json").read_text())
+        head_size = hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model.path: {model_path} is no Hugging Face model folder ({error!r})") from None
+    if device == "cpu" and head_size not in _CPU_HEAD_SIZES:
+        raise UserError(f"model.path: vLLM on a CPU has no attention for head size {head_size}; use {_CPU_HEAD_SIZES}")
+
+
 def reserve_port(port: int) -> socket.socket:
-    """A socket bound to `port`, or to a free one for 0, that never listens: the engine can listen there, no one else gets it.
+    """A socket bound to `port` (0: a free one) that never listens: an engine still can, and no one else gets the port.
 
     Raises UserError if another process listens on the port.
     """
@@ -290,7 +339,8 @@ def reserve_port(port: int) -> socket.socket:
     return reserved
 
 
-_ERROR = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception): .+)$")
+# An exception's last line, or the line with which pydantic says what is wrong with a value.
+_ERROR = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception): .+|Value error, .+?)(?: \[type=.*)?$")
 _SECOND_HAND = ("Engine core initialization failed", "Engine core proc", "See root cause above")
 
 
@@ -309,14 +359,10 @@ def _end(engine: _Engine, *, patience_seconds: float = 0.0) -> None:
     process = engine.process
     if process is None:
         return
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=patience_seconds)
-    except subprocess.TimeoutExpired:
-        pass
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
     if engine.log:
         engine.log.close()

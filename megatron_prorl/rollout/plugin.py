@@ -1,4 +1,4 @@
-"""What vLLM loads of ours in every process of an engine: the weight transfer over shared memory, and the end with its parent.
+"""What vLLM loads of ours in every process of an engine: the transfer of weights, and the end with its parent.
 
 vLLM finds `register` through the entry point group `vllm.general_plugins`, in the API server, the engine core and the
 workers. Nothing happens in a vLLM that EngineSupervisor did not start.

@@ -1,8 +1,8 @@
 """The engine's route for rollouts: token ids in; token ids, log-probs and weight versions out, as packed arrays.
 
-vLLM's own token-in-token-out route answers in JSON with an object a token: for 256 responses of 128 tokens 4.3 MB, which
-cost the server and the client 1.1 CPU seconds together, a quarter of what generating them costs. This one answers in 0.26 MB.
-vLLM finds `CompactGenerate` through the entry point group `vllm.endpoint_plugins`.
+vLLM's own token-in-token-out route answers in JSON with an object a token: 4.3 MB for 256 responses of 128 tokens, and
+1.2 CPU seconds more, where generating them costs 3. This one answers in 0.26 MB, which the client reads in 10 ms. vLLM
+finds `CompactGenerate` through the entry point group `vllm.endpoint_plugins`.
 
 Answer: a little-endian uint32 with the length of a JSON header, the header (`lengths`, `finish_reasons` and
 `weight_versions`, one item a response), all token ids as int32 and all log-probs as float32, response after response.
@@ -54,10 +54,9 @@ async def _generate(engine: Any, request: Request, *, body: dict[str, Any]) -> R
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
     prompt = TokensPrompt(prompt_token_ids=body["prompt_token_ids"])
-    final = None
-    async for final in engine.generate(prompt, params, uuid.uuid4().hex):
-        pass
-    assert final is not None
+    final: Any = None
+    async for output in engine.generate(prompt, params, uuid.uuid4().hex):
+        final = output
     header = json.dumps(
         {
             "lengths": [len(output.token_ids) for output in final.outputs],

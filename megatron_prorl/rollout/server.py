@@ -5,20 +5,40 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import multiprocessing.connection
 import os
+import threading
+import time
 
 from megatron_prorl.rollout.plugin import PARENT_VARIABLE, kill_with_creator, kill_with_process
 
 FORK_VARIABLE = "MEGATRON_PRORL_FORK_ENGINE_CORE"  # set by EngineSupervisor
 
+FAREWELL_SECONDS = 1.0  # for the answers that say that the engine core has died
+
 
 def main() -> None:
     kill_with_process(int(os.environ[PARENT_VARIABLE]))
+    threading.Thread(target=_end_with_core, name="core-watch", daemon=True).start()
     if FORK_VARIABLE in os.environ:
         _fork_engine_core()
     from vllm.entrypoints.launchers.api_server.entry import main as run_server
 
     run_server()
+
+
+def _end_with_core() -> None:
+    """End this process soon after the engine core.
+
+    vLLM shuts the server down then, but lets every answer be sent first, and a control call that waits for the core is
+    never answered: a trainer in a weight sync would wait for it as long as for a slow engine.
+    """
+    while not (processes := multiprocessing.active_children()):
+        time.sleep(0.2)
+    multiprocessing.connection.wait([process.sentinel for process in processes])
+    time.sleep(FAREWELL_SECONDS)
+    os._exit(1)
 
 
 def _fork_engine_core() -> None:

@@ -1,8 +1,8 @@
 """Weights from a trainer on the same machine to an engine on the CPU, through memory that has no name.
 
-The trainer writes every tensor in Hugging Face layout into one memory file (memfd) and sends where each lies; the engine
-maps the file through /proc/<trainer>/fd/<n>. Nothing is in /dev/shm or on a disk, so nothing is left behind when either
-side is killed. vLLM registers this backend as "shm" (rollout/plugin.py); the sender is weights/sync.py.
+The trainer writes every tensor in Hugging Face layout into one memory file (memfd) and sends where each lies; the
+engine maps the file through /proc/<trainer>/fd/<n>. Nothing is in /dev/shm or on a disk, so nothing is left behind when
+either side is killed. vLLM registers this backend as "shm" (rollout/plugin.py); the sender is weights/sync.py.
 
 An update is all or nothing up to the first write: checksums are verified before the model is touched. Afterwards what
 the model computes with is read back and compared with what was sent, because vLLM prepacks weights on a CPU: a stale
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
+from megatron_prorl.rollout.read_back import first_wrong_parameter
 from megatron_prorl.weights.checksum import checksum
 
 if TYPE_CHECKING:
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from vllm.config.weight_transfer import WeightTransferConfig
 
 MISMATCH = "weights differ"  # begins the message of every failed check; the parameter's name follows in quotes
-
-READ_BACK_COLUMNS = 64  # of a weight that can only be read by multiplying with it
 
 
 @dataclass
@@ -114,61 +112,8 @@ def _repack_tied(model: nn.Module) -> None:
     head would go on multiplying with its packed copy of the old weight.
     """
     owners: dict[int, nn.Module] = {}
+    module: Any
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor) and weight.numel() and owners.setdefault(weight.data_ptr(), module) is not module:
             module.quant_method.process_weights_after_loading(module)
-
-
-def first_wrong_parameter(model: nn.Module, sent: Mapping[str, Tensor], *, seed: int) -> str | None:
-    """Name of the first parameter that the model does not compute with as it was sent, in Hugging Face terms; or None.
-
-    Equality is of bits. Packed weights are read by multiplying with columns of the identity: all columns of a weight
-    with up to READ_BACK_COLUMNS of them, else so many, others with every seed.
-    """
-    packed_names: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
-    tied = {"lm_head.weight": "model.embed_tokens.weight"}
-    generator = torch.Generator().manual_seed(seed)
-    for module_name, module in model.named_modules():
-        for leaf, parameter in module.named_parameters(recurse=False):
-            prefix, _, last = module_name.rpartition(".")
-            parts = [f"{prefix}.{part}.{leaf}".lstrip(".") for part in packed_names.get(last, [last])]
-            parts = [part if part in sent else tied.get(part, part) for part in parts]
-            missing = [part for part in parts if part not in sent]
-            if missing:
-                return missing[0]
-            for read, expect in _readings(module, leaf, parameter, generator):
-                live, start = read(), 0
-                for part in parts:
-                    expected = expect(sent[part])
-                    if not torch.equal(live[start : start + len(expected)].to(expected.dtype), expected):
-                        return part
-                    start += len(expected)
-    return None
-
-
-Reading = tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]
-
-
-def _readings(module: Any, leaf: str, parameter: Tensor, generator: torch.Generator) -> Iterator[Reading]:
-    """Pairs of what reads the live value and what to compare it with, given the tensor that was sent."""
-    if parameter.numel():
-        yield lambda: parameter.detach(), lambda tensor: tensor
-    if leaf == "weight" and hasattr(module, "cpu_linear"):
-        num_columns = _num_inputs(module)
-        columns = torch.randperm(num_columns, generator=generator)[:READ_BACK_COLUMNS]
-
-        def multiply() -> Tensor:
-            one_hot = torch.zeros(len(columns), num_columns, dtype=parameter.dtype)
-            one_hot[torch.arange(len(columns)), columns] = 1
-            return module.cpu_linear(one_hot, module.weight, None).t()
-
-        yield multiply, lambda tensor: tensor[:, columns]
-
-
-def _num_inputs(module: Any) -> int:
-    """Columns of a linear layer's weight, or of an LM head's, on this rank."""
-    for name in ("input_size_per_partition", "input_size", "embedding_dim"):
-        if hasattr(module, name):
-            return getattr(module, name)
-    raise AttributeError(f"{type(module).__name__} has a packed weight of unknown width")

@@ -1,4 +1,4 @@
-"""One row of numbers a step: metrics.jsonl always, TensorBoard and W&B when configured. docs/metrics.md lists the keys."""
+"""One row of numbers a step: metrics.jsonl always, TensorBoard and W&B on request. docs/metrics.md lists the keys."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ METRICS_FILE = "metrics.jsonl"
 class MetricsWriter:
     """Appends to a run's metrics; rows that the run is about to repeat are cut off first.
 
-    `resume_step` is the step of the checkpoint that the run goes on from, 0 if it begins: later rows come from steps that died with
-    their process. TensorBoard hides them too (`purge_step`); W&B keeps the first value it got for a step.
+    `resume_step` is the step of the checkpoint that the run goes on from, 0 if it begins: later rows come from steps
+    that died with their process. TensorBoard hides them too (`purge_step`); W&B keeps the first value of a step.
     """
 
     def __init__(self, run_dir: str | Path, cfg: TrackingConfig, resume_step: int) -> None:
@@ -34,7 +34,9 @@ class MetricsWriter:
             from torch.utils.tensorboard import SummaryWriter
 
             # Without rows to hide (a first start), purging would only leave a mark in the file.
-            self._tensorboard = SummaryWriter(run_dir / "tensorboard", purge_step=resume_step + 1 if resume_step else None)
+            self._tensorboard = SummaryWriter(
+                run_dir / "tensorboard", purge_step=resume_step + 1 if resume_step else None
+            )
         self._wandb = _wandb_run(run_dir, cfg.wandb) if cfg.wandb else None
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -59,7 +61,7 @@ class MetricsWriter:
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
-    """The rows of a run in the order of its steps, null as NaN; [] before the first. A line cut short by a kill is left out."""
+    """The rows of a run in the order of its steps, null as NaN; [] before the first. A line cut short is left out."""
     return [row for row, _ in _rows(Path(run_dir) / METRICS_FILE)]
 
 
@@ -95,7 +97,9 @@ def _rows(path: Path) -> Iterator[tuple[dict[str, float], str]]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:
-                raise UserError(f"{path} line {number}: not JSON; delete the line, or move the file away to begin a new one") from None
+                raise UserError(
+                    f"{path} line {number}: not JSON; delete the line, or move the file away to begin a new one"
+                ) from None
             yield {key: math.nan if value is None else value for key, value in row.items()}, line
 
 
@@ -112,10 +116,20 @@ def _wandb_run(run_dir: Path, cfg: WandbConfig) -> Any:
     try:
         import wandb
     except ImportError:
-        raise UserError("tracking.wandb: the package wandb is not installed; pip install wandb, or remove the section") from None
+        raise UserError(
+            "tracking.wandb: the package wandb is not installed; pip install wandb, or remove the section"
+        ) from None
     id_file = run_dir / "wandb" / "run_id"
     run_id = id_file.read_text(encoding="utf-8") if id_file.exists() else None
-    run = wandb.init(project=cfg.project, name=cfg.name, mode=cfg.mode, id=run_id, resume="allow", dir=run_dir)
+    run = wandb.init(
+        project=cfg.project,
+        name=cfg.name,
+        mode=cfg.mode,
+        id=run_id,
+        resume="allow",
+        dir=run_dir,
+        settings=wandb.Settings(console="off"),
+    )
     if run_id is None:
         id_file.parent.mkdir(exist_ok=True)
         id_file.write_text(run.id, encoding="utf-8")

@@ -14,20 +14,30 @@ from megatron_prorl.tracking.metrics import read_metrics
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: told apart by the colour-blind
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+)  # Okabe and Ito: told apart by the colour-blind
 GREY = "#595959"
 
 Rows = list[dict[str, float]]
 
 
 def curves(run_dirs: str | Path | Sequence[str | Path], out: str | Path, labels: Sequence[str] | None = None) -> Path:
-    """Draw reward, entropy, KL to the reference and response length over the steps of one run, or of several laid over each other.
+    """Draw reward, entropy, KL to the reference and response length over the steps of one run, or of several at once.
 
-    `out` ends in .png or .svg. Dashed vertical lines are resets. A metric that a run did not log leaves its panel without that curve.
-    Raises UserError if a run has no metrics.
+    `out` ends in .png or .svg. Dashed vertical lines are resets. A metric that a run did not log leaves its panel
+    without that curve. Raises UserError if a run has no metrics.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # draws without a display and without pyplot's global state
+    from matplotlib.backends.backend_agg import (
+        FigureCanvasAgg,
+    )  # draws without a display and without pyplot's global state
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import MaxNLocator
 
     folders = [run_dirs] if isinstance(run_dirs, str | Path) else list(run_dirs)
@@ -37,9 +47,8 @@ def curves(run_dirs: str | Path | Sequence[str | Path], out: str | Path, labels:
         if not rows:
             raise UserError(f"{folder}: no metrics there; give the run_dir of a run that has made a step")
 
-    figure = Figure(figsize=(9.6, 5.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(9.6, 5.6), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
     reward, entropy, kl, length = figure.subplots(2, 2, sharex=True).flat
     several = len(runs) > 1
     for rows, label, colour in zip(runs, labels, cycle(COLOURS)):
@@ -52,7 +61,14 @@ def curves(run_dirs: str | Path | Sequence[str | Path], out: str | Path, labels:
         _curve(length, rows, "rollout/response_tokens_mean", colour)
         for step in (row["step"] for row in rows if row.get("reset/happened") == 1.0):
             for axes in (reward, entropy, kl, length):
-                axes.axvline(step, color=colour if several else GREY, linestyle=(0, (4, 3)), linewidth=0.9, alpha=0.35 if several else 0.7, zorder=0)
+                axes.axvline(
+                    step,
+                    color=colour if several else GREY,
+                    linestyle=(0, (4, 3)),
+                    linewidth=0.9,
+                    alpha=0.35 if several else 0.7,
+                    zorder=0,
+                )
 
     _dress(reward, "Reward")
     _dress(entropy, "Entropy of the policy (nats a token)")
@@ -68,7 +84,9 @@ def curves(run_dirs: str | Path | Sequence[str | Path], out: str | Path, labels:
     if any(row.get("reset/happened") == 1.0 for rows in runs for row in rows):
         reward.plot([], [], color=GREY, linestyle=(0, (4, 3)), linewidth=0.9, label="reset")
     if several:
-        reward.plot([], [], color=GREY, linestyle="--", marker="o", markersize=4, linewidth=1.2, label="held-out problems")
+        reward.plot(
+            [], [], color=GREY, linestyle="--", marker="o", markersize=4, linewidth=1.2, label="held-out problems"
+        )
     reward.legend(fontsize=8.5, loc="best", framealpha=0.9, edgecolor="none")
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +108,9 @@ def _curve(axes: Axes, rows: Rows, key: str, colour: str, label: str | None = No
         axes.plot(steps, values, color=colour, linewidth=1.6, label=label)
         return
     axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.25)
-    means = [math.fsum(last) / len(last) for last in (values[max(0, i - window) : i] for i in range(1, len(values) + 1))]
+    means = [
+        math.fsum(last) / len(last) for last in (values[max(0, i - window) : i] for i in range(1, len(values) + 1))
+    ]
     axes.plot(steps, means, color=colour, linewidth=1.6, label=label)
 
 
@@ -101,7 +121,13 @@ def _truncation(length: Axes, runs: list[Rows], several: bool) -> None:
         return
     right = length.twinx()
     for (steps, values), colour in zip(fractions, cycle(COLOURS)):
-        right.plot(steps, [100.0 * value for value in values], color=colour if several else COLOURS[1], linewidth=1.2, linestyle=":")
+        right.plot(
+            steps,
+            [100.0 * value for value in values],
+            color=colour if several else COLOURS[1],
+            linewidth=1.2,
+            linestyle=":",
+        )
     right.set_ylim(0.0, max(10.0, 110.0 * max(value for _, values in fractions for value in values)))
     right.set_ylabel("truncated (%, dotted)", fontsize=8.5, color=GREY)
     right.spines[:].set_visible(False)

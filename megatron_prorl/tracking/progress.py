@@ -34,7 +34,7 @@ class ProgressDisplay:
         self._file = file or sys.stdout
         self._total_steps = total_steps
         self._step = start_step
-        self._step_ends = deque([time.monotonic()], maxlen=STEPS_AVERAGED + 1)
+        self._step_ends: deque[float] = deque(maxlen=STEPS_AVERAGED + 1)  # the start-up of the run is not counted
         self._live = _LiveView(self._file, total_steps, start_step) if self._file.isatty() else None
 
     def phase(self, name: str, total: int | None = None) -> None:
@@ -49,9 +49,8 @@ class ProgressDisplay:
 
     def step_done(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show what a step found. `step` counts completed steps; 0 is the validation before the first."""
-        if step > self._step:
-            self._step_ends.append(time.monotonic())
-            self._step = step
+        self._step_ends.append(time.monotonic())
+        self._step = step
         left = self._seconds_left()
         if self._live:
             self._live.step_done(step, metrics, left)
@@ -75,7 +74,7 @@ class ProgressDisplay:
 
     def _seconds_left(self) -> float | None:
         num_timed = len(self._step_ends) - 1
-        if num_timed == 0 or self._step >= self._total_steps:
+        if num_timed < 1 or self._step >= self._total_steps:
             return None
         return (self._step_ends[-1] - self._step_ends[0]) / num_timed * (self._total_steps - self._step)
 
@@ -88,10 +87,20 @@ class _LiveView:
         self._first: dict[str, float] = {}
         self._last: dict[str, float] = {}
         self._run = Progress(
-            TextColumn("[bold]step"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"), TimeElapsedColumn()
+            TextColumn("[bold]step"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[left]}"),
+            TimeElapsedColumn(),
         )
         self._run_task = self._run.add_task("", total=total_steps, completed=start_step, left="")
-        self._phase = Progress(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"), TimeElapsedColumn())
+        self._phase = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[count]}"),
+            TimeElapsedColumn(),
+        )
         self._phase_task = self._phase.add_task("starting", total=None, count="")
         self._live = Live(get_renderable=self._render, console=Console(file=file), refresh_per_second=8)
         self._live.start()
@@ -102,7 +111,9 @@ class _LiveView:
     def advance(self, n: int) -> None:
         self._phase.advance(self._phase_task, n)
         task = self._phase.tasks[0]
-        self._phase.update(self._phase_task, count=_count(int(task.completed), None if task.total is None else int(task.total)))
+        self._phase.update(
+            self._phase_task, count=_count(int(task.completed), None if task.total is None else int(task.total))
+        )
 
     def step_done(self, step: int, metrics: Mapping[str, float], left: float | None) -> None:
         self._first = {**metrics, **self._first}
@@ -113,6 +124,7 @@ class _LiveView:
         self._live.console.print(Text(text))
 
     def close(self) -> None:
+        self._phase.update(self._phase_task, visible=False)
         self._live.stop()
 
     def _render(self) -> Group:

@@ -1,4 +1,4 @@
-"""The rollout ledger: every rollout of a step, kept or dropped, in one Parquet file that pandas, DuckDB and Polars read."""
+"""The rollout ledger: every rollout of a step, kept or dropped, in one Parquet file."""
 
 from __future__ import annotations
 
@@ -82,5 +82,5 @@ def write_rollouts(run_dir: str | Path, step: int, collected: Collected) -> Path
 
 
 def read_rollouts(run_dir: str | Path, step: int) -> pa.Table:
-    """The ledger of one step, one row a rollout with the columns of SCHEMA. Raises FileNotFoundError if the step wrote none."""
+    """The ledger of one step, one row a rollout, with SCHEMA's columns. Raises FileNotFoundError if there is none."""
     return pq.read_table(rollouts_path(run_dir, step))

@@ -10,4 +10,4 @@ from torch import Tensor
 
 def checksum(tensor: Tensor) -> int:
     """CRC-32 of the bytes of a contiguous tensor on the CPU."""
-    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy())
+    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -1,27 +1,38 @@
-"""The trainer's weights for vLLM's weight-transfer API; the only file that imports it."""
+"""The trainer's weights for vLLM's weight-transfer API, on CUDA; the only file that imports vLLM's side of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
-from megatron_prorl.weights.export import hf_metadata, iter_hf_weights
+if TYPE_CHECKING:
+    from megatron_prorl.weights.sync import Weights
 
 
 class MegatronWeightSource(WeightSource):
-    """Megatron model chunks as a `WeightSource`: every rank iterates; rank 0 gets the full tensors, the others None."""
+    """`weights` as a `WeightSource`: every trainer rank iterates, a fresh pass each time.
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], hf: dict[str, Any]) -> None:
-        self._chunks = chunks
-        self._hf = hf
+    Rank 0 gets the full tensors. The others get None, or with `everywhere` the tensors too, on their own GPU, for the
+    engine there.
+    """
+
+    def __init__(self, weights: Weights, *, everywhere: bool) -> None:
+        self._weights = weights
+        self._everywhere = everywhere
 
     def metadata(self) -> list[ParamMeta]:
-        dtype = next(self._chunks[0].parameters()).dtype
-        return [ParamMeta(name, dtype, shape) for name, shape, dtype in hf_metadata(self._hf, dtype)]
+        return [ParamMeta(name, dtype, tuple(shape)) for name, shape, dtype in self._weights.metadata]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return iter_hf_weights(self._chunks, self._hf)  # type: ignore[return-value]  # None away from rank 0
+        send_on = self._everywhere and dist.get_world_size() > 1
+        for (name, shape, dtype), (_, tensor) in zip(self._weights.metadata, self._weights.tensors(), strict=True):
+            if send_on:
+                if tensor is None:
+                    tensor = torch.empty(shape, dtype=dtype, device="cuda")
+                dist.broadcast(tensor, src=0)
+            yield name, tensor  # type: ignore[misc]  # None where nobody reads it

@@ -1,10 +1,10 @@
 """The trainer's weights to every engine, and the proof that they arrived.
 
-They travel by vLLM's weight-transfer API: through shared memory on a CPU (rollout/shm_transfer.py), CUDA IPC where engine
-and trainer share GPUs, NCCL where they do not. After every push each engine is checked:
+They travel by vLLM's weight-transfer API: through shared memory on a CPU (rollout/shm_transfer.py), CUDA IPC where
+engine and trainer share GPUs, NCCL where they do not. After every push each engine is checked:
 
-* on a CPU, by the engine: a checksum of each tensor as it arrived, and a read-back of the live parameters, bit for bit; the
-  first wrong parameter is named;
+* on a CPU, by the engine: a checksum of each tensor as it arrived, and a read-back of the live parameters, bit for bit;
+  the first wrong parameter is named;
 * the engine's weight version;
 * log-probs of a fixed token sequence, engine against trainer, within PROBE_TOLERANCE.
 """
@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -52,8 +53,8 @@ class SyncMismatch(RuntimeError):
 class Weights:
     """What to send: name, full shape and dtype of every tensor in Hugging Face terms, and a fresh pass over them.
 
-    `tensors()` is collective over the trainer ranks and yields in the order of `metadata`; away from rank 0 it may yield
-    None for a tensor.
+    `tensors()` is collective over the trainer ranks and yields in the order of `metadata`; away from rank 0 it may
+    yield None for a tensor.
     """
 
     metadata: list[tuple[str, tuple[int, ...], torch.dtype]]
@@ -63,9 +64,9 @@ class Weights:
 class WeightSync:
     """Sends `weights` to `engines`; made and used by every trainer rank, with the engines on rank 0 only.
 
-    `backend` is `rollout.engine.transfer_backend`. `probe` (collective) gives the trainer's log-probs at temperature 1 of
-    every token after the first; `vocab_size` bounds the probe's token ids. `restart_dead` restarts engines and returns
-    their indices (EngineSupervisor.restart_dead).
+    `backend` is `rollout.engine.transfer_backend`. `probe` (collective) gives the trainer's log-probs at temperature 1
+    of every token after the first; `vocab_size` bounds the probe's token ids. `restart_dead` restarts those of the
+    given engines that have died (EngineSupervisor.restart_dead).
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class WeightSync:
         *,
         probe: Callable[[list[int]], list[float]],
         vocab_size: int,
-        restart_dead: Callable[[], list[int]],
+        restart_dead: Callable[[list[int]], list[int]],
     ) -> None:
         self._engines = list(engines)
         self._probe = probe
@@ -95,8 +96,8 @@ class WeightSync:
         """Bring every engine to the weights of now, as `version`, and verify them. Collective.
 
         An engine that dies on the way is restarted and given the weights again; the others are not held up. Returns
-        metrics. Raises on every rank: SyncMismatch if an engine does not have the weights afterwards, EngineDied if one does
-        not come back.
+        metrics. Raises on every rank: SyncMismatch if an engine does not have the weights afterwards, EngineDied if
+        one does not come back.
         """
         started = time.monotonic()
         self._version = version
@@ -105,11 +106,11 @@ class WeightSync:
         num_restarts = 0
         while True:
             failures = self._transfer.send(indices, version)
-            indices = _on_rank_zero(lambda failed=failures: self._survey(failed, num_restarts))
+            indices = _on_rank_zero(partial(self._survey, failures, num_restarts))
             if not indices:
                 break
             num_restarts += 1
-            _on_rank_zero(self._restart_dead)
+            indices = _on_rank_zero(partial(self._restart, failures))
         sent = time.monotonic()
         probe_error = self.verify(version)
         return {
@@ -132,15 +133,15 @@ class WeightSync:
     def refresh(self, index: int) -> EngineClient:
         """Restart engine `index` if it is dead, and give it the weights of the last push; on rank 0 alone, CPU only.
 
-        For an engine that dies while the other ranks wait. Raises EngineDied where the transfer needs all ranks: the engine
-        then comes back with the next push.
+        For an engine that dies while the other ranks wait. Raises EngineDied where the transfer needs all ranks: the
+        engine then comes back with the next push.
         """
         if not isinstance(self._transfer, _ShmTransfer):
             raise EngineDied(f"{self._engines[index].url}: comes back with the next sync")
-        for i in sorted({*self._restart_dead(), index}):
-            failures = self._transfer.send([i], self._version)
-            if failures:
-                raise failures[i]
+        self._restart_dead([index])
+        failures = self._transfer.send([index], self._version)
+        if failures:
+            raise failures[index]
         return self._engines[index]
 
     def close(self) -> None:
@@ -148,13 +149,18 @@ class WeightSync:
         self._transfer.close()
 
     def _survey(self, failures: Failures, num_restarts: int) -> list[int]:
-        """Engines to restart and send to again. Raises what a restart cannot mend."""
+        """The engines that died. Raises what a restart cannot mend."""
         for index, failure in failures.items():
             if not isinstance(failure, EngineDied):
                 raise SyncMismatch(f"engine {index}: {failure}") from failure
             if num_restarts == MAX_RESTARTS:
                 raise failure
             logger.warning("engine %d died in a weight sync: %s", index, failure)
+        return list(failures)
+
+    def _restart(self, failures: Failures) -> list[int]:
+        """Restart the dead engines; returns those to send to again."""
+        self._restart_dead(list(failures))
         return self._transfer.again(list(failures))
 
     def _verify_one(self, engine: EngineClient, version: int, expected: list[float]) -> float:
@@ -178,8 +184,8 @@ class _Transfer(Protocol):
     def send(self, indices: list[int], version: int) -> Failures:
         """Give them to these engines; what failed, on rank 0. Collective unless said otherwise."""
 
-    def again(self, failed: list[int]) -> list[int]:
-        """The engines to send to after `failed` have been restarted."""
+    def again(self, restarted: list[int]) -> list[int]:
+        """The engines to send to after some have been restarted. On rank 0 alone."""
 
     def close(self) -> None: ...
 
@@ -218,7 +224,7 @@ class _ShmTransfer:
             self._tensors.append((name, str(dtype).removeprefix("torch."), tuple(shape), offset, checksum(place)))
 
     def send(self, indices: list[int], version: int) -> Failures:
-        """On rank 0 alone; all engines at once."""
+        """On rank 0 alone; all engines at once. An engine that refuses stays paused: it samples nothing wrong."""
         update_info = {"pid": os.getpid(), "fd": self._fd, "tensors": self._tensors}
 
         def send_one(index: int) -> Exception | None:
@@ -240,8 +246,8 @@ class _ShmTransfer:
             outcomes = zip(indices, threads.map(send_one, indices), strict=True)
         return {index: failure for index, failure in outcomes if failure}
 
-    def again(self, failed: list[int]) -> list[int]:
-        return failed
+    def again(self, restarted: list[int]) -> list[int]:
+        return restarted
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -264,7 +270,9 @@ class _CudaTransfer:
         """Nothing: the tensors go out as they are gathered."""
 
     def send(self, indices: list[int], version: int) -> Failures:
-        self._control.failures.clear()
+        if self._control.failures:  # the last attempt's: every engine has to meet the trainer anew
+            self.close()
+            self._control.failures = {}
         self._control.each(EngineClient.pause)
         if self._trainer is None:
             self._trainer = self._connect()
@@ -274,11 +282,8 @@ class _CudaTransfer:
         self._control.each(EngineClient.resume)
         return self._control.failures
 
-    def again(self, failed: list[int]) -> list[int]:
-        """All of them: a restarted engine needs a new rendezvous, which is everybody's."""
-        if not failed:
-            return []
-        self.close()
+    def again(self, restarted: list[int]) -> list[int]:
+        """All of them: each has to meet the trainer anew."""
         return list(range(len(self._engines)))
 
     def close(self) -> None:
@@ -292,6 +297,8 @@ class _CudaTransfer:
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
+        from megatron_prorl.weights.source import MegatronWeightSource
+
         rank = _rank()
         if self._backend == "ipc":
             # Packed: the memory of one buffer, not of a second model.
@@ -302,7 +309,9 @@ class _CudaTransfer:
                 rank=rank, master_address=_own_address(), master_port=_free_port(), world_size=1 + num_workers
             )
         return WeightTransferTrainerFactory.trainer_init(
-            init_info, client=self._control, source=_vllm_source(self._weights, everywhere=self._backend == "ipc")
+            init_info,
+            client=self._control,
+            source=MegatronWeightSource(self._weights, everywhere=self._backend == "ipc"),
         )
 
 
@@ -338,7 +347,7 @@ class _FanOut:
         from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
 
         # vLLM's own client knows how CUDA IPC handles travel over HTTP.
-        self.each(lambda engine: _as_engine_error(engine, HTTPVLLMWeightSyncClient(engine.url).update_weights, update_info))
+        self.each(lambda engine: _translated(engine, HTTPVLLMWeightSyncClient(engine.url).update_weights, update_info))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         self.each(lambda engine: engine.finish_weight_update(weight_version))
@@ -358,34 +367,15 @@ class _FanOut:
                 list(threads.map(attempt, indices))
 
 
-def _as_engine_error(engine: EngineClient, call: Callable[[Any], None], argument: Any) -> None:
+def _translated(engine: EngineClient, call: Callable[[Any], None], argument: Any) -> None:
     import requests
 
     try:
         call(argument)
     except requests.HTTPError as error:
-        raise EngineRefused(f"{engine.url}: {error.response.text[:500]}") from error
+        raise EngineRefused(f"{engine.url}: {error}") from error
     except requests.RequestException as error:
         raise EngineDied(f"{engine.url}: {error!r}") from error
-
-
-def _vllm_source(weights: Weights, *, everywhere: bool) -> Any:
-    """`weights` as vLLM's WeightSource; `everywhere` gives every rank the tensors, on its own GPU, for the engine there."""
-    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
-
-    class Source(WeightSource):
-        def metadata(self) -> list[ParamMeta]:
-            return [ParamMeta(name, dtype, tuple(shape)) for name, shape, dtype in weights.metadata]
-
-        def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-            for (name, shape, dtype), (_, tensor) in zip(weights.metadata, weights.tensors(), strict=True):
-                if everywhere and dist.is_initialized() and dist.get_world_size() > 1:
-                    if tensor is None:
-                        tensor = torch.empty(shape, dtype=dtype, device="cuda")
-                    dist.broadcast(tensor, src=0)
-                yield name, tensor  # type: ignore[misc]  # None where nobody reads it
-
-    return Source()
 
 
 def _on_rank_zero(action: Callable[[], Result]) -> Result:

@@ -221,8 +221,10 @@ def _source(folder: Path) -> tuple[list[Any], list[list[str]], dict[str, Tensor]
     chunks = build_model(hf, cfg, init_device(cfg), trainable=True)
     load_hf_weights(chunks, folder, hf)
     from megatron_prorl.weights.source import MegatronWeightSource
+    from megatron_prorl.weights.sync import Weights
 
-    source = MegatronWeightSource(chunks, hf)
+    weights = Weights(metadata=hf_metadata(hf, torch.float32), tensors=lambda: iter_hf_weights(chunks, hf))
+    source = MegatronWeightSource(weights, everywhere=False)
     described = [(meta.name, meta.shape, meta.dtype) for meta in source.metadata()]
     tensors: dict[str, Tensor] = {}
     for names, batch in source.iter_groups():  # vLLM's own check that iteration follows metadata

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from megatron_prorl.config.schema import DataConfig, TaskConfig
 from megatron_prorl.data.chat import load_tokenizer, render
 from megatron_prorl.data.problems import validation_problems
 from megatron_prorl.errors import UserError
+from megatron_prorl.types import Problem
 from megatron_prorl.warm_start import (
     Display,
     Example,
@@ -19,6 +19,7 @@ from megatron_prorl.warm_start import (
     make_model,
     make_tokenizer,
     probability_right,
+    set_aside,
     slip,
     teach,
     warm_start,
@@ -32,26 +33,28 @@ DATA = DataConfig(
     validation_problems=16,
     system_prompt="Answer inside <answer></answer>.",
 )
-def make_small(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(module, "PROBLEMS", 200)
-    patch.setattr(module, "MAX_STEPS", 10)
-    patch.setattr(module, "LEARNED", 0.0)  # at once
-    patch.setattr(module, "UNRELIABLE", 1.0)
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    make_small(monkeypatch)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of ten steps."""
-    out = tmp_path_factory.mktemp("warm") / "model"
+def problems() -> list[Problem]:
     with pytest.MonkeyPatch.context() as patch:
-        make_small(patch)
-        assert warm_start(DATA, out, seed=0)
-    return out
+        patch.setattr(module, "PROBLEMS", 200)
+        return generate_problems(DATA, seed=0)
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch: pytest.MonkeyPatch, problems: list[Problem]) -> None:
+    """Ten steps of either part, on problems that are made once for all tests."""
+    monkeypatch.setattr(module, "generate_problems", lambda data, seed: problems)
+    monkeypatch.setattr(module, "MAX_STEPS", 10)
+    monkeypatch.setattr(module, "LEARNED", 0.0)
+    monkeypatch.setattr(module, "UNRELIABLE", 1.0)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    warm_start(DATA, tmp_path / "model", seed=0)
+    return tmp_path / "model"
 
 
 def test_the_folder_is_a_chat_model_that_transformers_loads(folder: Path) -> None:
@@ -65,15 +68,22 @@ def test_the_folder_is_a_chat_model_that_transformers_loads(folder: Path) -> Non
 
 def test_every_text_comes_back_from_its_tokens(folder: Path) -> None:
     tokenizer = load_tokenizer(folder)
-    for text in ("<answer>noen</answer>", "Spell this word  backward ,\n\n(example: sun -> nus): x.", "Zoë → ∎\t<|im_end|>"):
+    for text in (
+        "<answer>noen</answer>",
+        "Spell this word  backward ,\n\n(example: sun -> nus): x.",
+        "Zoë → ∎\t<|im_end|>",
+    ):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_answers_are_spelled_out_and_prompts_are_short(folder: Path) -> None:
+def test_answers_are_spelled_out_and_prompts_are_short(folder: Path, problems: list[Problem]) -> None:
     tokenizer = load_tokenizer(folder)
-    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("<answer>noen</answer>")) == ["<answer>", *"noen", "</answer>"]
-    for problem in validation_problems(DATA, seed=0):
-        assert len(render(tokenizer, problem.messages)) <= 48
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("<answer>noen</answer>")) == [
+        "<answer>",
+        *"noen",
+        "</answer>",
+    ]
+    assert max(len(render(tokenizer, problem.messages)) for problem in problems) <= 48
 
 
 def test_a_model_that_is_there_is_not_made_again(folder: Path) -> None:
@@ -82,12 +92,12 @@ def test_a_model_that_is_there_is_not_made_again(folder: Path) -> None:
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_the_same_seed_makes_the_same_model_and_another_seed_another(folder: Path, tmp_path: Path) -> None:
+def test_the_same_seed_makes_the_same_model_and_another_seed_replaces_it(folder: Path, tmp_path: Path) -> None:
     weights = (folder / "model.safetensors").read_bytes()
-    for seed in (0, 1):
-        warm_start(DATA, tmp_path / "model", seed=seed)  # seed 1 replaces seed 0's
-        assert ((tmp_path / "model" / "model.safetensors").read_bytes() == weights) == (seed == 0)
-        assert json.loads((tmp_path / "model" / module.RECORD).read_text())["seed"] == seed
+    assert warm_start(DATA, tmp_path / "again", seed=0)
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == weights
+    assert warm_start(DATA, folder, seed=1)
+    assert (folder / "model.safetensors").read_bytes() != weights
 
 
 def test_somebody_elses_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
@@ -104,9 +114,26 @@ def test_tasks_that_are_too_hard_are_named_and_leave_no_folder(tmp_path: Path, m
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_runs_held_out_problems_are_never_taught() -> None:
+def test_the_runs_held_out_problems_are_never_taught(problems: list[Problem]) -> None:
     held_out = {problem.messages[-1]["content"] for problem in validation_problems(DATA, seed=0)}
-    assert held_out.isdisjoint(problem.messages[-1]["content"] for problem in generate_problems(DATA, seed=0))
+    assert len(held_out) == 16
+    assert held_out.isdisjoint(problem.messages[-1]["content"] for problem in problems)
+
+
+def test_what_is_measured_is_of_every_task_and_never_taught() -> None:
+    examples = [
+        Example(task=task, question=f"{task} {i % 50}", prompt_token_ids=[], answer="")
+        for task in "ab"
+        for i in range(90)
+    ]
+    taught, unseen = set_aside(examples)
+    assert [[example.question for example in of_task] for of_task in unseen] == [
+        [f"{task} {i}" for i in range(45, 50)] for task in "ab"
+    ]
+    assert len(taught) == 2 * (90 - 5)
+    assert {example.question for example in taught}.isdisjoint(
+        example.question for of_task in unseen for example in of_task
+    )
 
 
 def test_the_probability_of_the_right_answer_is_how_often_it_is_sampled() -> None:
@@ -127,7 +154,12 @@ def test_the_probability_of_the_right_answer_is_how_often_it_is_sampled() -> Non
     with torch.random.fork_rng():
         torch.manual_seed(0)
         sampled = model.generate(
-            prompts, attention_mask=torch.ones_like(prompts), do_sample=True, temperature=1.0, top_k=0, max_new_tokens=len(response)
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            max_new_tokens=len(response),
         )[:, prompts.shape[1] :]
     assert sampled.shape[1] == len(response)
     right = (sampled == torch.tensor(response)).all(dim=1).float().mean().item()

@@ -86,7 +86,9 @@ def test_tensorboard_shows_every_step_once_after_a_resume(tmp_path: Path) -> Non
     assert [event.step for event in events] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed here, so it is not missing")
+@pytest.mark.skipif(
+    importlib.util.find_spec("wandb") is not None, reason="wandb is installed here, so it is not missing"
+)
 def test_wandb_asked_for_but_not_installed_is_one_line_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="tracking.wandb: .* not installed; pip install wandb") as caught:
         MetricsWriter(tmp_path, TrackingConfig(tensorboard=False, wandb=WandbConfig(project="p")), 0)

@@ -17,11 +17,16 @@ def make_run(folder: Path, rows: list[dict[str, float | None]]) -> Path:
 
 FULL: list[dict[str, float | None]] = [{"step": 0, "validation/reward": 0.3}] + [
     {
-        "step": step, "reward/mean": 0.3 + step / 400, "policy/entropy": 0.5, "policy/kl_reference": 0.01, "reset/happened": float(step == 60),
-        "rollout/response_tokens_mean": 6.0, "rollout/truncated_fraction": 0.01,
+        "step": step,
+        "reward/mean": 0.3 + step / 400,
+        "policy/entropy": 0.5,
+        "policy/kl_reference": 0.01,
+        "reset/happened": float(step == 60),
+        "rollout/response_tokens_mean": 6.0,
+        "rollout/truncated_fraction": 0.01,
     }
     for step in range(1, 121)
-]  # fmt: skip
+]
 
 
 def test_a_run_gives_a_picture_in_the_format_of_the_name(tmp_path: Path) -> None:

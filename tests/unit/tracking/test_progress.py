@@ -6,6 +6,9 @@ import pty
 import re
 import subprocess
 import sys
+import time
+
+import pytest
 
 from megatron_prorl.tracking.progress import ProgressDisplay, _duration
 
@@ -45,7 +48,7 @@ def test_a_pipe_gets_one_plain_line_a_step() -> None:
     assert result.stderr == ""
     lines = [re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ", "", line) for line in result.stdout.splitlines()]
     assert lines == [
-        "step 3/4  reward 0.438  entropy 0.500  left 0:00",
+        "step 3/4  reward 0.438  entropy 0.500",
         "reset 1: reference is step 3's policy [bold]",
         "step 4/4  reward 0.562",
     ]
@@ -58,13 +61,22 @@ def test_a_terminal_gets_bars_a_table_and_the_messages() -> None:
         assert expected in shown
 
 
-def test_the_time_left_is_that_of_the_last_steps() -> None:
+def test_the_time_left_is_that_of_the_last_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     display = ProgressDisplay(100, start_step=50, file=io.StringIO())
+    clock = iter([900.0, 930.0, *(1000.0 + 2 * i for i in range(10))])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    display.step_done(51, {})
     assert display._seconds_left() is None
-    display._step = 60
-    display._step_ends.extend([100.0, 102.0, 104.0])
-    display._step_ends.popleft()
-    assert display._seconds_left() == 80.0
+    display.step_done(52, {})
+    assert display._seconds_left() == 30.0 * 48
+    for step in range(53, 61):
+        display.step_done(step, {})
+    # The ten steps' ends: 900, 930, then 1000 to 1014.
+    assert display._seconds_left() == pytest.approx((1014 - 900) / 9 * 40)
+    for step in (61, 62):
+        display.step_done(step, {})
+    # Eleven are kept: 930 and 1000 to 1018.
+    assert display._seconds_left() == pytest.approx((1018 - 930) / 10 * 38)
 
 
 def test_durations_read_like_a_clock() -> None:

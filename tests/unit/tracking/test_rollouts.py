@@ -36,7 +36,10 @@ def make_group(draw: int, scores: list[float]) -> Group:
 
 
 COLLECTED = Collected(
-    kept=[make_group(3, [1.0, 0.0])], dropped_groups=[(make_group(4, [0.0, 0.0, 0.0]), "all 0")], next_draw=5, metrics={}
+    kept=[make_group(3, [1.0, 0.0])],
+    dropped_groups=[(make_group(4, [0.0, 0.0, 0.0]), "all 0")],
+    next_draw=5,
+    metrics={},
 )
 
 

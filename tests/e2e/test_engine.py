@@ -1,0 +1,157 @@
+"""An engine samples from the model it has, says so exactly, and leaves no process behind, whoever dies."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from serving import SIZES, VOCAB_SIZE, Serving, descendants, engine_config, is_running, wait_until_gone
+from tiny_model import make_tiny_qwen
+
+from megatron_prorl.errors import UserError
+from megatron_prorl.rollout.client import UNSYNCED, EngineClient, EngineDied
+from megatron_prorl.rollout.engine import EngineSupervisor
+from megatron_prorl.types import Completion
+
+END_TOKEN = 2  # <|im_end|> of the tiny tokenizer
+PROMPT = [random.Random(1).randrange(4, 100) for _ in range(20)]
+
+# Engine and transformers sum in another order, in fp32: 1e-5 seen.
+TOLERANCE_NATS = 1e-4
+
+
+def generate(client: EngineClient, *, n: int, temperature: float, max_tokens: int) -> list[Completion]:
+    async def once() -> list[Completion]:
+        try:
+            return await client.generate(PROMPT, n=n, temperature=temperature, top_p=1.0, max_tokens=max_tokens)
+        finally:
+            await client.close()
+
+    return asyncio.run(once())
+
+
+def test_sampled_logprobs_are_of_the_distribution_after_temperature(untied: Serving) -> None:
+    for completion in generate(untied.clients[0], n=4, temperature=1.2, max_tokens=40):
+        expected = untied.trainer.logprobs(PROMPT + completion.token_ids, temperature=1.2)[len(PROMPT) - 1 :]
+        assert completion.sampler_logprobs == pytest.approx(expected, abs=TOLERANCE_NATS)
+
+
+def test_a_stopped_response_includes_its_end_token_and_no_other_one_does(untied: Serving) -> None:
+    completions = generate(untied.clients[0], n=64, temperature=1.0, max_tokens=60)
+    assert {completion.finish_reason for completion in completions} == {"stop", "length"}
+    for completion in completions:
+        assert len(completion.sampler_logprobs) == len(completion.token_ids)
+        assert END_TOKEN not in completion.token_ids[:-1]
+        if completion.finish_reason == "stop":
+            assert completion.token_ids[-1] == END_TOKEN
+        else:
+            assert len(completion.token_ids) == 60
+
+
+def test_completions_carry_the_version_of_the_weights_that_sampled_them(untied: Serving) -> None:
+    completions = generate(untied.clients[1], n=2, temperature=1.0, max_tokens=4)
+    assert [completion.weight_version for completion in completions] == [untied.version] * 2
+
+
+def test_scores_are_the_models_logprobs_of_given_tokens(tied: Serving) -> None:
+    token_ids = [random.Random(2).randrange(VOCAB_SIZE) for _ in range(50)]
+    assert tied.clients[0].score(token_ids) == pytest.approx(tied.trainer.logprobs(token_ids), abs=TOLERANCE_NATS)
+
+
+def test_an_engine_killed_while_it_answers_raises_leaves_nothing_and_comes_back(untied: Serving) -> None:
+    supervisor, client = untied.supervisor, untied.clients[0]
+    announcement = Path(untied.cfg.run_dir) / "engines" / "engine-0.json"
+    server = json.loads(announcement.read_text())["pid"]
+    processes = [server, *descendants(server)]
+    assert len(processes) >= 2  # the server and its engine core
+
+    async def kill_while_generating() -> None:
+        request = asyncio.create_task(client.generate(PROMPT, n=64, temperature=1.0, top_p=1.0, max_tokens=192))
+        await asyncio.sleep(0.2)
+        os.kill(server, signal.SIGKILL)
+        with pytest.raises(EngineDied):
+            await request
+        await client.close()
+
+    asyncio.run(kill_while_generating())
+    assert wait_until_gone(processes) == []
+
+    assert supervisor.restart_dead() == [0]
+    assert client.weight_version() == UNSYNCED
+    assert json.loads(announcement.read_text())["pid"] != server
+    untied.sync.refresh(0)
+    assert client.weight_version() == untied.version
+
+
+def test_an_engine_whose_core_is_killed_ends_and_is_seen_as_dead(tied: Serving) -> None:
+    server = json.loads((Path(tied.cfg.run_dir) / "engines" / "engine-0.json").read_text())["pid"]
+    processes = [server, *descendants(server)]
+    core = next(pid for pid in processes if "EngineCor" in Path(f"/proc/{pid}/comm").read_text())
+    os.kill(core, signal.SIGKILL)
+    assert wait_until_gone(processes, timeout_seconds=30) == []
+    with pytest.raises(EngineDied):
+        generate(tied.clients[0], n=1, temperature=1.0, max_tokens=4)
+    tied.sync.refresh(0)  # the other tests need it
+    assert tied.clients[0].weight_version() == tied.version
+
+
+TRAINER = """
+import sys, time
+from pathlib import Path
+from serving import engine_config
+from megatron_prorl.rollout.engine import EngineSupervisor
+
+if __name__ == "__main__":
+    cfg = engine_config(Path(sys.argv[1]), Path(sys.argv[2]))
+    supervisor = EngineSupervisor(cfg, cfg.model.path, cfg.run_dir)
+    supervisor.start()
+    supervisor.wait_ready()
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_no_process_outlives_a_killed_trainer(tmp_path: Path) -> None:
+    model = make_tiny_qwen(tmp_path / "model", **SIZES)
+    script = tmp_path / "trainer.py"
+    script.write_text(TRAINER)
+    trainer = subprocess.Popen(
+        [sys.executable, str(script), str(model), str(tmp_path / "run")],
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert trainer.stdout
+        assert trainer.stdout.readline() == b"ready\n"
+        processes = descendants(trainer.pid)
+        assert len(processes) >= 2
+        assert all(map(is_running, processes))
+        trainer.kill()
+        assert wait_until_gone(processes) == []
+    finally:
+        trainer.kill()
+        trainer.wait()
+
+
+def test_an_engine_that_cannot_start_is_one_line_with_vllms_reason(tmp_path: Path) -> None:
+    model = make_tiny_qwen(tmp_path / "model", **SIZES)
+    config = model / "config.json"
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"architectures": ["UnheardOfModel"], "model_type": "x"})
+    )
+    cfg = engine_config(model, tmp_path / "run")
+    started = time.monotonic()
+    with EngineSupervisor(cfg, model, cfg.run_dir) as supervisor, pytest.raises(UserError) as caught:
+        supervisor.wait_ready()
+    assert time.monotonic() - started < cfg.rollout.engines.startup_timeout_seconds
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "engine 0 did not start" in message
+    assert "model type `x`" in message  # transformers' words, through vLLM
