@@ -23,9 +23,7 @@ import yaml
 from tiny_model import make_tiny_qwen
 
 FAULTS = Path(__file__).with_name("faults.py")
-QUESTION = (
-    "Find the Greatest Common Divisor (GCD) of these numbers: {} and {}. Give only the GCD as your final answer."
-)
+QUESTION = "Find the Greatest Common Divisor (GCD) of these numbers: {} and {}. Give only the GCD as your final answer."
 SYSTEM = "<answer></answer>"
 START_SECONDS = 240.0  # 15 on a quiet machine
 END_SECONDS = 30.0  # from a kill to the end of what it left
@@ -187,7 +185,6 @@ class Start:
             self._seen |= pids
             self._segments |= _segments(pids)
             time.sleep(0.2)
-
 
 
 def _state(proc: Path) -> str:

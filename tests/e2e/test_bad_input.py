@@ -1,0 +1,117 @@
+"""What a user can fix is told by `prorl train` in one line, with exit code 2 and nothing left running.
+
+Mistakes in the configuration itself are in tests/unit/test_cli.py and tests/unit/config.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import resource
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_model import make_tiny_qwen
+from toy_run import Ended, Start, progress, run_to_its_end, steps, toy_config
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def line_of(ended: Ended) -> str:
+    """The one line on stderr of a start that was refused."""
+    assert ended.code == 2
+    assert ended.left_running == []
+    (line,) = ended.err.splitlines()
+    return line
+
+
+def test_a_tokenizer_that_exceeds_the_vocabulary(tmp_path: Path) -> None:
+    model = make_tiny_qwen(tmp_path / "model", vocab_size=64)
+    assert line_of(run_to_its_end(toy_config(model, tmp_path / "run"))) == (
+        f"config error: model.path: {model}/tokenizer.json has token id 99, but the model's vocab_size is 64; "
+        "they are not of the same model"
+    )
+
+
+def test_a_layout_that_does_not_divide_the_model(toy_model: Path, tmp_path: Path) -> None:
+    config = toy_config(toy_model, tmp_path / "run", parallel={"ranks_per_node": 4, "tensor": 4})
+    assert line_of(run_to_its_end(config)) == (
+        "config error: parallel.tensor: 4 does not divide the model's 2 key-value heads"
+    )
+
+
+def test_a_run_directory_of_another_configuration(whole_run: Ended) -> None:
+    before = sorted(whole_run.run_dir.rglob("*"))
+    line = line_of(run_to_its_end(whole_run.config, "optimizer.learning_rate=0.5"))
+    assert line == (
+        f"config error: run_dir: {whole_run.run_dir} was made with another configuration: "
+        "optimizer.learning_rate was 0.0003, is 0.5; use a new run_dir or put it back"
+    )
+    assert sorted(whole_run.run_dir.rglob("*")) == before
+
+
+def test_a_run_directory_in_which_another_process_trains(toy_model: Path, tmp_path: Path) -> None:
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        line = line_of(run_to_its_end(toy_config(toy_model, tmp_path)))
+    assert line == f"error: run_dir: another process trains in {tmp_path}; end it, or use another run_dir"
+
+
+@contextlib.contextmanager
+def taken_port() -> Iterator[int]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+def test_a_port_that_is_taken(toy_model: Path, tmp_path: Path) -> None:
+    with taken_port() as port:
+        line = line_of(run_to_its_end(toy_config(toy_model, tmp_path), f"rollout.engines.port={port}"))
+    assert line == (f"error: rollout.engines.port: port {port} is taken (Address already in use); give another, or 0")
+
+
+def test_corrupt_weights_on_two_ranks(toy_model: Path, tmp_path: Path) -> None:
+    """All ranks find it, one line tells it, and the engine that was starting meanwhile is ended."""
+    model = Path(shutil.copytree(toy_model, tmp_path / "model"))
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    config = toy_config(model, tmp_path / "run", parallel={"ranks_per_node": 2, "tensor": 2})
+    line = line_of(run_to_its_end(config))
+    assert line.startswith(f"error: {file}: not a complete safetensors file (")
+    assert line.endswith("; copy it again")
+
+
+def limit_file_size() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
+
+
+def test_a_disk_that_refuses_the_first_save(toy_model: Path, tmp_path: Path) -> None:
+    with Start(toy_config(toy_model, tmp_path), preexec_fn=limit_file_size) as start:
+        line = line_of(start.ended())
+    assert line.startswith(f"error: cannot write {tmp_path}/references/reset-000: File too large; ")
+    assert line.endswith(": make room or allow writing; what was saved before is intact")
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_run_which_goes_on_once_there_is_room(
+    toy_model: Path, tmp_path: Path
+) -> None:
+    """/dev/full in the place of a file refuses what is written to it, as a full disk does."""
+    config: dict[str, Any] = toy_config(toy_model, tmp_path, steps=3)
+    (tmp_path / "rollouts").mkdir()
+    full = tmp_path / "rollouts" / "step-000003.tmp"
+    full.symlink_to("/dev/full")
+    assert line_of(run_to_its_end(config)) == (
+        f"error: cannot write {tmp_path}: no space left on device; "
+        "make room and start again: the run goes on from its last checkpoint"
+    )
+    assert steps(tmp_path) == [0, 1, 2]
+    full.unlink(missing_ok=True)
+    again = run_to_its_end(config)
+    assert (again.code, again.err, steps(tmp_path)) == (0, "", [0, 1, 2, 3])
+    assert "going on from step 2" in again.out
+    assert progress(tmp_path, 3)["next_draw"] == 12
