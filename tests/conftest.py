@@ -7,6 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# A busy machine is slow, not wrong: what hangs is ended by pytest's timeout.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 # Before torch is imported anywhere: tests run side by side and start processes of their own.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -13,8 +13,11 @@ from megatron_prorl.config.schema import Config
 EXAMPLE = Path(__file__).parents[3] / "examples" / "quickstart.yaml"
 
 
+TASKS = "data.tasks=[{task: chain_sum, params: {max_terms: 2}}]"
+
+
 def config(run_dir: Path, *overrides: str) -> Config:
-    return load_config(EXAMPLE, [f"run_dir={run_dir}", *overrides])
+    return load_config(EXAMPLE, [f"run_dir={run_dir}", TASKS, *overrides])
 
 
 @pytest.fixture
