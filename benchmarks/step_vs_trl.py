@@ -10,7 +10,7 @@ the table shows the means that they got.
 
 Ours is the `prorl` command in a process of its own, timed from its metrics.jsonl; TRL's GRPOTrainer with transformers'
 generate runs in another, never at the same time. A step's time is the wall time from the end of one step to the end of
-the next, so data, logging and everything between steps count. Both leave their first steps out. Needs TRL:
+the next, so data, logging and everything between steps count. Both leave their first step out. Needs TRL:
 `pip install -e '.[bench]'`. Exits with 1 if a side fails; a missed target is printed, not an error.
 """
 
@@ -35,7 +35,7 @@ from typing import Any
 import yaml
 
 PROMPTS, RESPONSES = 16, 16  # a step
-WARMUP_STEPS = 2
+WARMUP_STEPS = 1
 VOCABULARY = 256
 MAX_PROMPT_TOKENS = 64
 OVERHEAD_TARGET = 0.15
@@ -46,9 +46,9 @@ DATA = {
     "system_prompt": "Answer inside <answer></answer>.",
 }
 PROMPT_WORDS = [
-    *("system\n", "user\n", "assistant\n", "Answer", " inside", " <answer></answer>.", "State", " the", " final"),
-    *(" answer", " to", " following", " arithmetic", " problem:"),
-]
+    "system\n", "user\n", "assistant\n", "Answer", " inside", " <answer></answer>.", "State", " the", " final",
+    " answer", " to", " following", " arithmetic", " problem:",
+]  # fmt: skip
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -61,7 +61,7 @@ class Shape:
     target: float  # TRL's median step over ours
     our_steps: int  # measured, besides the warm-up
     trl_steps: int
-    trl_batch: int  # TRL's per_device_train_batch_size: the fastest that fits
+    trl_batch: int  # TRL's per_device_train_batch_size; see README.md
 
     @property
     def mean_response_tokens(self) -> float:
@@ -70,7 +70,7 @@ class Shape:
 
 
 SHAPES = {
-    "short": Shape(max_response_tokens=128, target=1.5, our_steps=9, trl_steps=7, trl_batch=64),
+    "short": Shape(max_response_tokens=128, target=1.5, our_steps=9, trl_steps=5, trl_batch=32),
     "long-tail": Shape(max_response_tokens=1024, target=4.0, our_steps=7, trl_steps=3, trl_batch=16),
 }
 
@@ -97,7 +97,7 @@ def make_model(folder: Path) -> None:
         extra_special_tokens=["<|im_start|>"],
         clean_up_tokenization_spaces=False,
     )
-    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in dict.fromkeys(PROMPT_WORDS)])
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in PROMPT_WORDS])
     tokenizer.chat_template = CHAT_TEMPLATE
     assert len(tokenizer) <= VOCABULARY
 
@@ -188,7 +188,7 @@ def measure_trl(shape: Shape, model: Path, folder: Path) -> list[dict[str, float
 
 
 def run_side(command: list[str], log: Path) -> None:
-    # All cores, as the libraries find them, and neither proxies nor hubs: everything is on this machine.
+    # Both sides use all cores, as torch finds them; the model is a folder.
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     with log.open("wb") as output:
         process = subprocess.run(
