@@ -305,7 +305,7 @@ def _collection_metrics(
     reasons = [reason for _, reason in dropped]
     verdicts = [rollout.verdict.reason for rollout in rollouts]
     metrics = {
-        "rollout/reward_mean": _mean([rollout.verdict.score for rollout in rollouts]),
+        "reward/mean": _mean([rollout.verdict.score for rollout in rollouts]),
         "rollout/response_tokens_mean": _mean(lengths),
         "rollout/response_tokens_max": float(max(lengths, default=0)),
         "rollout/tokens_generated": float(sum(lengths)),

@@ -128,7 +128,7 @@ def test_metrics_count_everything(problems: Generator, pool: VerifierPool):
     with Collector(config(), problems, TOKENIZER, pool, [FakeEngine(problems, by_thirds)]) as collector:
         metrics = collector.collect(0, weight_version=9).metrics
     expected = {
-        "rollout/reward_mean": 0.5,  # of 4 * (0 + 1 + 0.5) / 12
+        "reward/mean": 0.5,  # of 4 * (0 + 1 + 0.5) / 12
         "rollout/groups_drawn": 12,
         "rollout/groups_dropped_all_0": 4,
         "rollout/groups_dropped_all_1": 4,
