@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_prorl.policy.model import read_hf_config
+from megatron_prorl.config.hf import read_hf_config
 from megatron_prorl.weights.hf import TensorSpec, write_tensors
 from megatron_prorl.weights.tables import hf_shapes
 

@@ -61,8 +61,9 @@ def accumulate(chunks: list[torch.nn.Module], parallel: ParallelConfig) -> dict[
 
 def forward_backward(folder: str, num_ranks: int, layout: dict[str, Any], dtype: str = "fp32") -> Outcome:
     """Microbatch -> logits (on last stages); HF name -> gradient of the summed cross-entropy (on rank 0)."""
+    from megatron_prorl.config.hf import read_hf_config
     from megatron_prorl.policy.device import init_device, shutdown_device
-    from megatron_prorl.policy.model import build_model, read_hf_config
+    from megatron_prorl.policy.model import build_model
     from megatron_prorl.weights.export import iter_hf_weights
     from megatron_prorl.weights.load import load_hf_weights
 
@@ -82,8 +83,9 @@ def forward_backward(folder: str, num_ranks: int, layout: dict[str, Any], dtype:
 
 def gradient_norm(folder: str, num_ranks: int, layout: dict[str, Any]) -> float:
     """What the optimizer says of the gradient of the summed cross-entropy."""
+    from megatron_prorl.config.hf import read_hf_config
     from megatron_prorl.policy.device import init_device, shutdown_device
-    from megatron_prorl.policy.model import build_model, read_hf_config
+    from megatron_prorl.policy.model import build_model
     from megatron_prorl.policy.optimizer import build_optimizer
     from megatron_prorl.weights.load import load_hf_weights
 

@@ -5,10 +5,7 @@ The model gives hidden states; the head is applied where log-probs are taken, a 
 
 from __future__ import annotations
 
-import json
-import math
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,95 +26,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import rms_norm, silu
 
-from megatron_prorl.config.hf import head_dim, moe_layers, num_experts
+from megatron_prorl.config.hf import moe_layers, padded_vocab_size
 from megatron_prorl.config.schema import Config
-from megatron_prorl.errors import UserError
 from megatron_prorl.policy.attention import PackedAttention
 from megatron_prorl.policy.device import Device, layer_implementation
 
-ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
-_REQUIRED_KEYS = (
-    "hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers",
-    "num_key_value_heads", "rms_norm_eps", "vocab_size",
-)  # fmt: skip
-_MOE_KEYS = ("moe_intermediate_size", "num_experts", "num_experts_per_tok")
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 if not hasattr(moe_utils, "te_general_gemm"):
     moe_utils.te_general_gemm = None  # Megatron-Core 0.16.1 asks whether it is None, but has it only with the engine
 _FP8_TOKEN_MULTIPLE = 16  # tokens are the inner dimension of the weight gradient, which FP8 products want in sixteens
-
-
-def read_hf_config(path: str | Path) -> dict[str, Any]:
-    """The folder's config.json, with what it leaves to transformers filled in as transformers does.
-
-    Always there then: `head_dim`, `rope_theta`, `tie_word_embeddings`, and `num_experts`, 0 for a dense model.
-
-    Raises UserError for a missing file and for anything in it that the model built here would not compute.
-    """
-    file = Path(path) / "config.json"
-    if not file.is_file():
-        raise UserError(f"{file} does not exist; give the folder of a Hugging Face model")
-    try:
-        hf: dict[str, Any] = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON: {error}") from None
-    if not isinstance(hf, dict):
-        raise UserError(f"{file} is not a JSON object")
-    architectures = hf.get("architectures") or ["none"]
-    if architectures[0] not in ARCHITECTURES:
-        raise UserError(f"{file}: architecture {architectures[0]} is not supported; use {' or '.join(ARCHITECTURES)}")
-
-    rope = hf.get("rope_parameters") or {}  # transformers 5
-    scaling = hf.get("rope_scaling") or {}  # transformers 4
-    hf = hf | {
-        "rope_theta": rope.get("rope_theta", hf.get("rope_theta")),
-        "tie_word_embeddings": hf.get("tie_word_embeddings", False),
-        "num_experts": num_experts(hf),
-    }
-    required = (*_REQUIRED_KEYS, "rope_theta", *(_MOE_KEYS if hf["num_experts"] != 0 else ()))
-    missing = [key for key in required if hf.get(key) is None]
-    if missing:
-        raise UserError(f"{file}: {', '.join(missing)} missing; is the file complete?")
-    hf["head_dim"] = head_dim(hf)
-
-    # Both may be there: transformers 5 saves rope_parameters, and model cards tell to add rope_scaling, which wins.
-    rope_types = [part.get("rope_type") or part.get("type") or "default" for part in (scaling, rope)]
-    rope_type = next((kind for kind in rope_types if kind != "default"), "default")
-    unsupported = {
-        f"rope scaling {rope_type}": rope_type != "default",
-        "sliding-window attention": _has_sliding_window(hf),
-        f"hidden_act {hf.get('hidden_act')}": hf.get("hidden_act", "silu") != "silu",
-        "attention_bias": hf.get("attention_bias", False),
-        "attention_dropout": hf.get("attention_dropout", 0.0) > 0,
-        "quantization_config": hf.get("quantization_config") is not None,
-        # The one expert's weight would always be 1: nothing for the router to learn from, and Megatron refuses it.
-        "norm_topk_prob with num_experts_per_tok 1": (
-            hf["num_experts"] > 0 and hf["num_experts_per_tok"] == 1 and hf.get("norm_topk_prob", False)
-        ),
-    }
-    for feature, is_used in unsupported.items():
-        if is_used:
-            raise UserError(f"{file}: {feature} is not supported; use a model without it")
-    return hf
-
-
-def _has_sliding_window(hf: dict[str, Any]) -> bool:
-    if "layer_types" in hf:
-        return any(kind != "full_attention" for kind in hf["layer_types"])
-    return bool(
-        hf.get("use_sliding_window")
-        and hf.get("sliding_window", 4096) is not None  # 4096 and 28 are transformers' defaults
-        and hf.get("max_window_layers", 28) < hf["num_hidden_layers"]
-    )
-
-
-def padded_vocab_size(vocab_size: int, tensor: int) -> int:
-    """Rows of the embedding and of the head over all tensor-parallel ranks.
-
-    The same for every power of two up to 128, so a checkpoint fits other layouts; Qwen's 151936 stays as it is.
-    """
-    multiple = math.lcm(128, tensor)
-    return math.ceil(vocab_size / multiple) * multiple
 
 
 def token_multiple(cfg: Config) -> int:

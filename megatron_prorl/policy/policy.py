@@ -10,10 +10,10 @@ from megatron.core import parallel_state
 
 from megatron_prorl import comm
 from megatron_prorl.batching.pack import pack, split_minibatches
-from megatron_prorl.config.hf import hf_folder
+from megatron_prorl.config.hf import hf_folder, read_hf_config
 from megatron_prorl.config.schema import Config
 from megatron_prorl.policy.device import Device
-from megatron_prorl.policy.model import build_model, read_hf_config, token_multiple
+from megatron_prorl.policy.model import build_model, token_multiple
 from megatron_prorl.policy.optimizer import build_optimizer, clear_optimizer_state, learning_rate, set_learning_rate
 from megatron_prorl.policy.update import Head, LearnBatch, Scores, accumulate_gradients, score
 from megatron_prorl.tracking.metrics import PhaseTimer

@@ -29,11 +29,11 @@ from torch import Tensor
 
 from megatron_prorl.checkpoint import folders
 from megatron_prorl.checkpoint.stream import Blob, CheckpointReader, Piece, write_pieces
-from megatron_prorl.config.hf import hf_folder, is_megatron_checkpoint
+from megatron_prorl.config.hf import hf_folder, is_megatron_checkpoint, read_hf_config
 from megatron_prorl.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_prorl.errors import UserError
 from megatron_prorl.policy.device import init_device, shutdown_device
-from megatron_prorl.policy.model import build_model, read_hf_config
+from megatron_prorl.policy.model import build_model
 from megatron_prorl.weights.hf import HfTensors, TensorSpec, copy_small_files, write_tensors
 from megatron_prorl.weights.load import check_tensors
 from megatron_prorl.weights.tables import HEAD, ModelSizes, Row, VocabularyRows, hf_shapes, row_groups

@@ -17,8 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_prorl.config.hf import moe_layers
-from megatron_prorl.policy.model import padded_vocab_size
+from megatron_prorl.config.hf import moe_layers, padded_vocab_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +31,7 @@ class ModelSizes:
 
     @classmethod
     def of(cls, hf: dict[str, Any]) -> ModelSizes:
-        """From the config that `policy.model.read_hf_config` gives."""
+        """From the config that `config.hf.read_hf_config` gives."""
         head_dim, num_groups = hf["head_dim"], hf["num_key_value_heads"]
         experts = {"E": hf["num_experts"], "M": hf["moe_intermediate_size"]} if any(moe_layers(hf)) else {}
         return cls(

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from megatron_prorl import comm
 from megatron_prorl.checkpoint.sharded import load_model_state, model_state, read_folder
+from megatron_prorl.config.hf import read_hf_config
 from megatron_prorl.errors import UserError
 from megatron_prorl.launch.local import end_with_launcher, launch_ranks, report_user_error
 from megatron_prorl.policy.device import init_device, shutdown_device
-from megatron_prorl.policy.model import build_model, read_hf_config
+from megatron_prorl.policy.model import build_model
 from megatron_prorl.weights.checksum import checksum
 from megatron_prorl.weights.convert import MegatronTensors, hf_files, model_config
 from megatron_prorl.weights.hf import HfTensors

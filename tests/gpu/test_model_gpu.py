@@ -36,8 +36,9 @@ Outcome = tuple[torch.Tensor, dict[str, torch.Tensor]]
 
 def run_model(folder: str, model: dict[str, Any], batches: list[list[list[int]]]) -> Outcome:
     """In a rank: logits of the batches one after the other; gradients of the summed squares of hidden states."""
+    from megatron_prorl.config.hf import read_hf_config
     from megatron_prorl.policy.device import init_device, shutdown_device
-    from megatron_prorl.policy.model import build_model, read_hf_config
+    from megatron_prorl.policy.model import build_model
     from megatron_prorl.weights.export import iter_hf_weights
     from megatron_prorl.weights.load import load_hf_weights
 

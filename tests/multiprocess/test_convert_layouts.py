@@ -19,9 +19,10 @@ from torch import Tensor
 from megatron_prorl import comm
 from megatron_prorl.checkpoint.sharded import load_model_state, model_state, read_folder
 from megatron_prorl.checkpoint.store import save_reference
+from megatron_prorl.config.hf import padded_vocab_size, read_hf_config
 from megatron_prorl.policy import model as policy_model
 from megatron_prorl.policy.device import init_device
-from megatron_prorl.policy.model import build_model, padded_vocab_size, read_hf_config, transformer_config
+from megatron_prorl.policy.model import build_model, transformer_config
 from megatron_prorl.weights.convert import hf_to_megatron, megatron_to_hf
 from megatron_prorl.weights.export import iter_hf_weights
 from megatron_prorl.weights.load import load_hf_weights, local_parameters

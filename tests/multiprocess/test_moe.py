@@ -20,8 +20,9 @@ from megatron_prorl import comm
 from megatron_prorl.checkpoint.sharded import load_model_state, model_state, read_folder, write_folder
 from megatron_prorl.checkpoint.store import latest_checkpoint, load_checkpoint, prepare_run_dir, save_checkpoint
 from megatron_prorl.checkpoint.stream import CheckpointReader
+from megatron_prorl.config.hf import read_hf_config
 from megatron_prorl.policy.device import init_device, shutdown_device
-from megatron_prorl.policy.model import build_model, read_hf_config
+from megatron_prorl.policy.model import build_model
 from megatron_prorl.policy.optimizer import build_optimizer
 from megatron_prorl.types import Progress
 from megatron_prorl.weights.convert import hf_to_megatron, megatron_to_hf

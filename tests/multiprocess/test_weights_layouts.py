@@ -14,10 +14,11 @@ from tiny_model import make_tiny_qwen
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from megatron_prorl.config.hf import padded_vocab_size, read_hf_config
 from megatron_prorl.config.schema import Config
 from megatron_prorl.errors import UserError
 from megatron_prorl.policy.device import init_device
-from megatron_prorl.policy.model import build_model, padded_vocab_size, read_hf_config
+from megatron_prorl.policy.model import build_model
 from megatron_prorl.weights.export import hf_metadata, iter_hf_weights
 from megatron_prorl.weights.load import copy_weights, load_hf_weights, local_parameters
 

@@ -10,9 +10,10 @@ from policy_setup import packed_inputs, random_sequences, tiny_config
 from tiny_model import make_tiny_qwen
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_prorl.config.hf import padded_vocab_size, read_hf_config
 from megatron_prorl.errors import UserError
 from megatron_prorl.policy.device import init_device, shutdown_device
-from megatron_prorl.policy.model import build_model, padded_vocab_size, read_hf_config, token_multiple
+from megatron_prorl.policy.model import build_model, token_multiple
 from megatron_prorl.weights.load import load_hf_weights
 
 LENGTHS = [5, 17, 40, 1, 38]

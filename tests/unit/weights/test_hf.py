@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from tiny_model import make_tiny_qwen
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_prorl.config.hf import read_hf_config
 from megatron_prorl.errors import UserError
-from megatron_prorl.policy.model import read_hf_config
 from megatron_prorl.weights.hf import HfTensors, TensorSpec, check_tokenizer_fits, copy_small_files, write_tensors
 from megatron_prorl.weights.tables import hf_shapes
 

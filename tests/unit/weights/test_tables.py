@@ -14,7 +14,7 @@ from tiny_model import make_tiny_qwen
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from megatron_prorl.policy.model import read_hf_config
+from megatron_prorl.config.hf import read_hf_config
 from megatron_prorl.weights.load import local_rows
 from megatron_prorl.weights.tables import GateUp, GroupedQkv, ModelSizes, VocabularyRows, hf_shapes, row_groups
 
