@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from megatron_prorl.checkpoint.spans import tensor_chunks
 from megatron_prorl.config.hf import read_hf_config
 from megatron_prorl.weights.hf import TensorSpec, write_tensors
 from megatron_prorl.weights.tables import hf_shapes
@@ -57,12 +57,13 @@ def make_model(folder: Path, size: str) -> list[TensorSpec]:
     (folder / "config.json").write_text(json.dumps(COMMON | SHAPES[size]))
     specs = [TensorSpec(name, shape, torch.bfloat16) for name, shape in hf_shapes(read_hf_config(folder)).items()]
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        generator = torch.Generator().manual_seed(0)
-        for spec in specs:
-            yield spec.name, torch.empty(spec.shape, dtype=spec.dtype).normal_(0, 0.02, generator=generator)
+    seeds = {spec.name: seed for seed, spec in enumerate(specs)}
 
-    write_tensors(folder, specs, tensors())
+    def values(spec: TensorSpec) -> Iterator[memoryview]:
+        generator = torch.Generator().manual_seed(seeds[spec.name])
+        yield from tensor_chunks(torch.empty(spec.shape, dtype=spec.dtype).normal_(0, 0.02, generator=generator))
+
+    write_tensors(folder, specs, values)
     return specs
 
 

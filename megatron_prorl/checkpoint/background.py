@@ -55,7 +55,6 @@ from torch.distributed.checkpoint.utils import _DistWrapper
 
 from megatron_prorl import comm
 from megatron_prorl.checkpoint import folders
-from megatron_prorl.checkpoint.stream import true_disk_error
 from megatron_prorl.errors import UserError
 
 WORD_SECONDS = 3600.0  # for the words of the other ranks, once rank 0 has written; dead ranks end the run long before
@@ -214,7 +213,7 @@ class Writing:
 
     def _run(self) -> None:
         try:
-            with true_disk_error():
+            with _true_disk_error():
                 written = self._write()
                 if self._metadata:
                     self._commit([written, *map(self._word_of, range(1, self._num_ranks))], self._metadata)
@@ -439,3 +438,14 @@ def _explained(error: Exception, folder: Path, num_bytes: int) -> Exception:
         f"cannot write {folder}: {error.strerror}; {folders.free_bytes(folder):,} bytes are free there and "
         f"{num_bytes:,} are needed: make room or allow writing; what was saved before is intact"
     )
+
+
+@contextmanager
+def _true_disk_error() -> Iterator[None]:
+    """torch.save tells of a full disk with a RuntimeError about a file position; raise the OSError below it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise

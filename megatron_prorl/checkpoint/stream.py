@@ -1,6 +1,6 @@
 """Torch.distributed checkpoints written and read one tensor at a time, by one process, without a model.
 
-The same files as `sharded.py` writes: torch's own writer and reader work here too, on plans that name pieces of global
+The same files as `sharded.py` writes: torch's own planner and reader work here too, on plans that name pieces of global
 tensors instead of holding them. No Megatron here.
 """
 
@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 import pickle
 import warnings
+import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from threading import Condition, Event
+from threading import Event
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -47,26 +49,27 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
-from torch.serialization import get_crc32_options, set_crc32_options
+from torch.serialization import get_crc32_options, set_crc32_options, skip_data
 
+from megatron_prorl.checkpoint.spans import Span
+from megatron_prorl.checkpoint.threads import Stopped, equal_parts, in_threads
 from megatron_prorl.errors import UserError
 
 NUM_FILES = 2  # written at a time: one thread computes while the other waits for the disk
-CTRL_C_SECONDS = 0.1  # Python misses one that comes just as it begins to wait for a lock, until the wait ends
 
 Index = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """A box of the global tensor `key`, and how to get its values, which have `shape` and `dtype`."""
+    """A box of the global tensor `key`, and how to get its values, of `shape` and `dtype`: as bytes, bit by bit."""
 
     key: str
     global_shape: Index
     offset: Index
     shape: Index
     dtype: torch.dtype
-    load: Callable[[], Tensor]
+    chunks: Callable[[], Iterable[memoryview]]
 
     @property
     def num_bytes(self) -> int:
@@ -81,113 +84,118 @@ class Blob:
     value: Any
 
 
-def write_pieces(folder: Path, pieces: Sequence[Piece], blobs: Sequence[Blob] = ()) -> None:
-    """Write a checkpoint into the existing `folder`: each piece is loaded when its turn comes, and dropped then.
+def write_pieces(folder: Path, pieces: Sequence[Piece], blobs: Sequence[Blob] = ()) -> dict[str, int]:
+    """Write a checkpoint into the existing `folder`: each piece's values are asked for when its turn comes.
 
-    Several files are written at a time, each by a thread that has one piece in hand. They are on disk (fsync) when this
-    returns. Raises OSError if the disk refuses, and what `load` raises; the other threads then end with the piece they
-    have in hand, as they do on Ctrl-C.
+    Several files are written at a time, each by a thread that has one chunk in hand. They are on disk (fsync) when this
+    returns their CRC-32s, by name. Raises OSError if the disk refuses, and what `chunks` raises; the other threads
+    then end with the chunk they have in hand, as they do on Ctrl-C.
     """
-    stop = Event()
-    planner = _StreamingPlanner(pieces, blobs, stop)
-    writer = _Writer(folder, stop)
+    writer = _Writer(folder, pieces, blobs)
     computes_crc32 = get_crc32_options()
-    set_crc32_options(False)  # a third of the time; nothing reads it
+    set_crc32_options(False)  # torch's, of each record; nothing reads it
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is
+            planner = _Planner(pieces, blobs)
             torch_checkpoint.save({}, storage_writer=writer, planner=planner, no_dist=True)
     except torch_checkpoint.CheckpointException as error:
         raise next(iter(error.failures.values()))[0] from None
     finally:
         set_crc32_options(computes_crc32)
-
-
-@contextmanager
-def true_disk_error() -> Iterator[None]:
-    """torch.save tells of a full disk with a RuntimeError about a file position; raise the OSError below it."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise
+    return writer.digests
 
 
 class _Writer(torch_checkpoint.FileSystemWriter):
-    """With `thread_count` above 1 torch's own writer loses the errors of all threads but the first."""
+    """Values go from chunk to file. torch's own writer wants a tensor of each item, and writes with one thread: with
+    more it loses the errors of all but the first.
+    """
 
-    def __init__(self, folder: Path, stop: Event) -> None:
+    def __init__(self, folder: Path, pieces: Sequence[Piece], blobs: Sequence[Blob]) -> None:
         super().__init__(folder)
-        self._stop = stop
-        self._num_writing = 0
-        self._changed = Condition()  # of `_num_writing`
+        self._pieces = {_index(piece): piece for piece in pieces}
+        self._blobs = {_index(blob): blob for blob in blobs}
+        assert len(self._pieces) == len(pieces), "two pieces at one place"
+        self._stop = Event()
+        self.digests: dict[str, int] = {}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         prefix = plan.storage_data.prefix
-        parts = [
-            replace(plan, items=items, storage_data=replace(plan.storage_data, prefix=f"{prefix}{number}_"))
-            for number, items in enumerate(_equal_parts(plan.items, NUM_FILES))
-            if items
-        ]
-        with (
-            ThreadPoolExecutor(len(parts)) as threads,
-            self._none_left_writing(),
-            self._stopping_all(),
-            true_disk_error(),
-        ):
-            written = [threads.submit(self._write_part, part, planner) for part in parts]
-            while wait(written, timeout=CTRL_C_SECONDS).not_done:
-                pass
-            written.sort(key=lambda part: isinstance(part.exception(), _Stopped))  # those that were stopped come last
-            results = [result for part in written for result in part.result().wait()]
+        parts = equal_parts(plan.items, NUM_FILES, _num_bytes)
+        work = [partial(self._write_file, f"{prefix}{number}.distcp", items) for number, items in enumerate(parts)]
+        written = in_threads(work, self._stop)
         everything: Future[list[WriteResult]] = Future()
-        everything.set_result(results)
+        everything.set_result([result for results in written for result in results])
         return everything
 
-    def _write_part(self, part: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        with self._changed:
-            if self._stop.is_set():
-                raise _Stopped
-            self._num_writing += 1
-        try:
-            with self._stopping_all():
-                return super().write_data(part, planner)
-        finally:
-            with self._changed:
-                self._num_writing -= 1
-                self._changed.notify()
+    def _write_file(self, name: str, items: Sequence[WriteItem]) -> list[WriteResult]:
+        results = []
+        with _File(Path(self.path) / name) as file, skip_data():
+            for item in items:
+                start = file.tell()
+                if item.index in self._blobs:
+                    content = io.BytesIO()
+                    torch.save(self._blobs[item.index].value, content)
+                    file.write(content.getbuffer())
+                else:
+                    self._save(self._pieces[item.index], file)
+                num_bytes = file.tell() - start
+                results.append(WriteResult(item.index, num_bytes, _StorageInfo(name, start, num_bytes)))
+            os.fsync(file.fileno())
+        self.digests[name] = file.digest
+        return results
 
-    @contextmanager
-    def _none_left_writing(self) -> Iterator[None]:
-        """The pool forgets a thread when Ctrl-C comes while it is being started."""
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._changed.wait_for(lambda: self._num_writing == 0)
+    def _save(self, piece: Piece, file: _File) -> None:
+        """What torch.save writes of a tensor, around values that come in chunks."""
 
-    @contextmanager
-    def _stopping_all(self) -> Iterator[None]:
-        """Whatever goes wrong in one thread, this one or a writing one, stops the others at their next piece."""
+        def values() -> Iterator[memoryview]:
+            for chunk in piece.chunks():
+                if self._stop.is_set():
+                    raise Stopped
+                yield chunk
+
+        file.skipped = values()
         try:
-            yield
-        except BaseException:
-            self._stop.set()
+            torch.save(torch.empty(piece.shape, dtype=piece.dtype), file)  # memory that is never touched is none
+        except RuntimeError as error:  # about a file position, whatever was raised in the middle
+            raise file.failure or error from None
+
+
+class _File(io.FileIO):
+    """Written from beginning to end, with a CRC-32 of what was. Where `skip_data` skips values, `skipped` come."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "wb")
+        self.digest = 0
+        self.skipped: Iterator[memoryview] | None = None
+        self.failure: BaseException | None = None
+
+    def write(self, content: Any) -> int:
+        """All of it, or OSError: one call of the kernel may write less, as on a disk that gets full."""
+        left = memoryview(content)
+        self.digest = zlib.crc32(left, self.digest)
+        try:
+            while left:
+                left = left[super().write(left) :]
+        except OSError as error:
+            self.failure = error
             raise
+        return len(content)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        assert self.skipped is not None and whence == os.SEEK_CUR, "nothing but values is skipped"
+        try:
+            written = sum(self.write(chunk) for chunk in self.skipped)
+        except BaseException as error:
+            self.failure = error
+            raise
+        assert written == offset, (written, offset)
+        self.skipped = None
+        return self.tell()
 
 
-class _Stopped(Exception):
-    """Another thread failed."""
-
-
-def _equal_parts(items: list[WriteItem], num_parts: int) -> list[list[WriteItem]]:
-    """The items in their order, cut where the parts have about equal numbers of bytes."""
-    ends = list(itertools.accumulate(_num_bytes(item) for item in items))
-    parts: list[list[WriteItem]] = [[] for _ in range(num_parts)]
-    for item, end in zip(items, ends, strict=True):
-        parts[min(num_parts - 1, (end - 1) * num_parts // ends[-1])].append(item)
-    return parts
+def _index(stored: Piece | Blob) -> MetadataIndex:
+    return MetadataIndex(stored.key, stored.offset if isinstance(stored, Piece) else None)
 
 
 def _num_bytes(item: WriteItem) -> int:
@@ -195,12 +203,9 @@ def _num_bytes(item: WriteItem) -> int:
     return data.chunk.sizes.numel() * data.properties.dtype.itemsize if data else 1
 
 
-class _StreamingPlanner(SavePlanner):
-    def __init__(self, pieces: Sequence[Piece], blobs: Sequence[Blob], stop: Event) -> None:
-        self._stop = stop
-        self._pieces = {MetadataIndex(piece.key, piece.offset): piece for piece in pieces}
-        self._blobs = {MetadataIndex(blob.key): blob for blob in blobs}
-        assert len(self._pieces) == len(pieces), "two pieces at one place"
+class _Planner(SavePlanner):
+    def __init__(self, pieces: Sequence[Piece], blobs: Sequence[Blob]) -> None:
+        self._pieces, self._blobs = pieces, blobs
 
     def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
         pass
@@ -208,7 +213,7 @@ class _StreamingPlanner(SavePlanner):
     def create_local_plan(self) -> SavePlan:
         tensors = [
             WriteItem(
-                index=index,
+                index=_index(piece),
                 type=WriteItemType.SHARD,
                 tensor_data=TensorWriteData(
                     chunk=ChunkStorageMetadata(offsets=torch.Size(piece.offset), sizes=torch.Size(piece.shape)),
@@ -216,9 +221,11 @@ class _StreamingPlanner(SavePlanner):
                     size=torch.Size(piece.global_shape),
                 ),
             )
-            for index, piece in self._pieces.items()
+            for piece in self._pieces
         ]
-        return SavePlan([*tensors, *(WriteItem(index=index, type=WriteItemType.BYTE_IO) for index in self._blobs)])
+        return SavePlan(
+            [*tensors, *(WriteItem(index=_index(blob), type=WriteItemType.BYTE_IO) for blob in self._blobs)]
+        )
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         return create_default_global_save_plan(all_plans)
@@ -227,16 +234,7 @@ class _StreamingPlanner(SavePlanner):
         return new_plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        if self._stop.is_set():
-            raise _Stopped
-        if write_item.type == WriteItemType.BYTE_IO:
-            content = io.BytesIO()
-            torch.save(self._blobs[write_item.index].value, content)
-            return content
-        piece = self._pieces[write_item.index]
-        tensor = piece.load()
-        assert tensor.shape == torch.Size(piece.shape) and tensor.dtype == piece.dtype, piece.key
-        return tensor
+        raise NotImplementedError  # the writer has it
 
 
 def check_metadata(folder: Path) -> None:
@@ -343,8 +341,50 @@ class CheckpointReader:
         items = create_read_items_for_chunk_list(key, self._near(key, box), [box])
         if sum(item.lengths.numel() for item in items) != box.sizes.numel():
             raise UserError(f"{self.folder}: parts of {key} are in none of its files; copy the checkpoint again")
-        try:
+        with self._damage_told(key):
             self._reader.read_data(LoadPlan(items), _IntoTensor(out.view(shape))).wait()
+
+    def spans(self, key: str, lead: Index, start: int, rows: int) -> list[Span] | None:
+        """Where the values lie on disk of tensor `key` at `lead` on its first axes, rows `start` on of the next one.
+
+        One after the other as in memory. None if the checkpoint has them otherwise: split in columns, or compressed.
+        """
+        entry, axis = self.tensors[key], len(lead)
+        shape = (*(1,) * axis, rows, *entry.size[axis + 1 :])
+        offset = (*lead, start, *(0,) * (len(shape) - axis - 1))
+        near = self._near(key, ChunkStorageMetadata(offsets=torch.Size(offset), sizes=torch.Size(shape))).chunks
+        row_bytes = torch.Size(shape[axis + 1 :]).numel() * entry.properties.dtype.itemsize
+        found, end = [], start
+        for chunk in sorted(near, key=lambda chunk: chunk.offsets[axis]):
+            first, last = chunk.offsets[axis], chunk.offsets[axis] + chunk.sizes[axis]
+            if last <= end or end >= start + rows:
+                continue
+            place = self._values(key, chunk)
+            if place is None or first > end or chunk.sizes != (*shape[:axis], chunk.sizes[axis], *shape[axis + 1 :]):
+                return None
+            path, at = place
+            last = min(last, start + rows)
+            found.append(Span(path, at + (end - first) * row_bytes, (last - end) * row_bytes))
+            end = last
+        return found if end == start + rows else None
+
+    def _values(self, key: str, chunk: ChunkStorageMetadata) -> tuple[Path, int] | None:
+        """The file that has a chunk's values, and where in it they begin; None unless all of them lie there as such."""
+        info = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+        if info.transform_descriptors:
+            return None
+        path = self.folder / info.relative_path
+        with path.open("rb") as file, self._damage_told(key):
+            found = torch.load(self._reader._slice_file(file, info), map_location="meta", weights_only=True)
+        if found.shape != chunk.sizes or not found.is_contiguous():
+            return None
+        start = found.untyped_storage()._checkpoint_offset + found.storage_offset() * found.dtype.itemsize
+        return path, info.offset + start
+
+    @contextmanager
+    def _damage_told(self, key: str) -> Iterator[None]:
+        try:
+            yield
         except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
             reason = str(error).partition("\n")[0]
             raise UserError(f"{self.folder}: {key} cannot be read ({reason}); copy the checkpoint again") from None

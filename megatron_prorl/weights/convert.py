@@ -1,49 +1,48 @@
-"""Hugging Face folders to Megatron checkpoints and back: a tensor at a time, no GPU, no model in memory.
+"""Hugging Face folders to Megatron checkpoints and back: bytes from file to file, no GPU, no model in memory.
 
 A Megatron checkpoint here is one torch.distributed checkpoint, as training writes it, plus `hf/` with the config,
-tokenizer and chat template that came with the weights. Which global tensors it holds, and where in them each parameter
-lies, is asked of Megatron: the model is built on torch's meta device, which has shapes and no memory, and its
-`sharded_state_dict` tells. Such a checkpoint loads under any layout, so none is asked for.
+tokenizer and chat template that came with the weights. Such a checkpoint loads under any layout, so none is asked for.
+Nothing of Megatron is imported: `stored.py` knows where it keeps each parameter, and the layouts of `tables.py` know of
+which rows of which Hugging Face tensors it is made.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from torch import Tensor
 
 from megatron_prorl.checkpoint import folders
-from megatron_prorl.checkpoint.stream import Blob, CheckpointReader, Piece, write_pieces
+from megatron_prorl.checkpoint.spans import FiniteCheck, Span, copy_spans, tensor_chunks
+from megatron_prorl.checkpoint.stream import CheckpointReader, Piece, write_pieces
 from megatron_prorl.config.hf import hf_folder, is_megatron_checkpoint, read_hf_config
-from megatron_prorl.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_prorl.errors import UserError
-from megatron_prorl.policy.device import init_device, shutdown_device
-from megatron_prorl.policy.model import build_model
-from megatron_prorl.weights.hf import HfTensors, TensorSpec, copy_small_files, write_tensors
-from megatron_prorl.weights.load import check_tensors
-from megatron_prorl.weights.tables import HEAD, ModelSizes, Row, VocabularyRows, hf_shapes, row_groups
+from megatron_prorl.weights.hf import HfTensors, TensorSpec, check_tensors, copy_small_files, write_tensors
+from megatron_prorl.weights.rows import Run, cut, full_runs, shard_runs
+from megatron_prorl.weights.stored import Parameter, Part, extra_states, numbered, stored_parameters
+from megatron_prorl.weights.tables import HEAD, ModelSizes, Row, hf_shapes
 
 logger = logging.getLogger(__name__)
 
-PIECE_BYTES = 256 * 2**20  # of one piece on disk: what is read back at once beside the tensor that it belongs to
+PIECE_BYTES = 256 * 2**20  # of one piece on disk: what a reader loads at once beside the tensor that it belongs to
 _NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer\.|rng")  # what else is in a training checkpoint
+_FORMAT = {  # what Megatron's loader looks for in metadata.json
+    "sharded_backend": "torch_dist", "sharded_backend_version": 1,
+    "common_backend": "torch", "common_backend_version": 1,
+}  # fmt: skip
 
-T = TypeVar("T")
 OnProgress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
@@ -67,16 +66,19 @@ def hf_to_megatron(
     check_tensors(tensors, hf)
     if hf["tie_word_embeddings"] and (head := next(iter(HEAD.hf))) in tensors:
         logger.warning("%s is the embedding once more (tie_word_embeddings): it is stored once", head)
-    parameters, blobs = _describe(hf)
-    source = _Source(tensors, ModelSizes.of(hf), dtype, _FiniteCheck())
-    pieces = [piece for parameter in parameters for piece in _pieces(parameter, source)]
+    source = _Source(tensors, ModelSizes.of(hf), dtype, FiniteCheck(logger.warning))
+    pieces = [piece for parameter in stored_parameters(hf) for piece in source.pieces(parameter)]
     _check_uniform(hf_dir, pieces)
-    with _appearing(out, sum(piece.num_bytes for piece in pieces), overwrite, committed=True) as temporary:
+    total = sum(piece.num_bytes for piece in pieces)
+    count = _Count(total, on_progress)
+    digests: dict[str, int] = {}
+    with _appearing(out, total, overwrite, partial(folders.commit, digests=digests)) as temporary:
         (temporary / "hf").mkdir()
         copy_small_files(hf_dir, temporary / "hf", dtype)
-        torch.save({}, temporary / COMMON_STATE_FNAME)
-        save_config(CheckpointingConfig("torch_dist", 1), str(temporary))
-        write_pieces(temporary, _counted(pieces, on_progress), blobs)
+        torch.save({}, temporary / "common.pt")
+        (temporary / "metadata.json").write_text(json.dumps(_FORMAT))
+        counted = [replace(piece, chunks=partial(count.chunks, piece.chunks)) for piece in pieces]
+        digests |= write_pieces(temporary, counted, list(extra_states(hf)))
 
 
 def megatron_to_hf(
@@ -97,19 +99,10 @@ def megatron_to_hf(
     source = hf_files(folder)
     stored = MegatronTensors(folder, read_hf_config(source), dtype)
     total = sum(spec.num_bytes for spec in stored.specs)
-    finite = _FiniteCheck()
-
-    def counted() -> Iterator[tuple[str, Tensor]]:
-        done = 0
-        for name, tensor in stored.tensors():
-            finite.check(name, tensor)
-            yield name, tensor
-            done += tensor.nbytes
-            on_progress(done, total)
-
-    with _appearing(out, total, overwrite, committed=False) as temporary:
+    count, finite = _Count(total, on_progress), FiniteCheck(logger.warning)
+    with _appearing(out, total, overwrite) as temporary:
         copy_small_files(source, temporary, stored.dtype)
-        write_tensors(temporary, stored.specs, _ahead(counted()))
+        write_tensors(temporary, stored.specs, lambda spec: count.chunks(partial(stored.chunks, spec, finite)))
 
 
 class MegatronTensors:
@@ -121,18 +114,18 @@ class MegatronTensors:
     def __init__(self, folder: Path, hf: dict[str, Any], dtype: torch.dtype | None = None) -> None:
         self._reader = CheckpointReader(folder)
         self._sizes = ModelSizes.of(hf)
-        self._parameters, _ = _describe(hf)
-        self._places = [_places(self._reader, parameter) for parameter in self._parameters]
-        stored = self._reader.tensors
-        used = {place.key for places in self._places for place in places}
-        left_over = sorted(key for key in stored.keys() - used if not _NOT_WEIGHTS.match(key))
+        self._runs = _Runs(self._sizes)
+        self._stored = [replace(found, parts=_found(self._reader, found)) for found in stored_parameters(hf)]
+        tensors = self._reader.tensors
+        used = {part.key for parameter in self._stored for part in parameter.parts}
+        left_over = sorted(key for key in tensors.keys() - used if not _NOT_WEIGHTS.match(key))
         if left_over:
             raise UserError(f"{folder}: {', '.join(left_over[:4])} left over; is hf/config.json of this model?")
         shapes = hf_shapes(hf)
+        self._of_name = {name: parameter for parameter in self._stored for name in parameter.row.hf}
         self.specs = [
-            TensorSpec(name, shapes[name], dtype or stored[places[0].key].properties.dtype)
-            for parameter, places in zip(self._parameters, self._places, strict=True)
-            for name in parameter.row.hf
+            TensorSpec(name, shapes[name], dtype or self._dtype_of(parameter))
+            for name, parameter in self._of_name.items()
         ]
 
     @property
@@ -144,12 +137,51 @@ class MegatronTensors:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Name and values in the order of `specs`, one parameter in memory at a time."""
         specs = iter(self.specs)
-        for parameter, places in zip(self._parameters, self._places, strict=True):
+        for parameter in self._stored:
             names = [next(specs) for _ in parameter.row.hf]
-            values = torch.empty(parameter.shape, dtype=names[0].dtype)
-            _read(self._reader, parameter, places, values, num_rows=self._sizes.axes["V"])
-            full = parameter.row.layout.full([values], self._sizes)
+            full = self._full(parameter, names[0].dtype)
             yield from ((spec.name, tensor) for spec, tensor in zip(names, full, strict=True))
+
+    def chunks(self, spec: TensorSpec, finite: FiniteCheck) -> Iterator[memoryview]:
+        """The bytes of the tensor `spec`, copied as they lie on disk where they lie in order; `finite` sees them."""
+        parameter = self._of_name[spec.name]
+        check, number = partial(finite.check, spec.name), list(parameter.row.hf).index(spec.name)
+        spans = self._spans(parameter, number)
+        if spans is not None:
+            yield from copy_spans(spans, self._dtype_of(parameter), spec.dtype, check)
+            return
+        values = self._full(parameter, spec.dtype)[number]
+        check(values)
+        yield from tensor_chunks(values)
+
+    def _dtype_of(self, parameter: Parameter) -> torch.dtype:
+        return self._reader.tensors[parameter.parts[0].key].properties.dtype
+
+    def _spans(self, parameter: Parameter, number: int) -> list[Span] | None:
+        """Where the rows of the row's Hugging Face tensor of this number lie; None if some lie in no such order."""
+        found: list[Span] = []
+        for run in self._runs.full(parameter)[number]:
+            at = 0  # the part's first row in the parameter
+            for part in parameter.parts:
+                first, end = max(run.first, at), min(run.first + run.count, at + part.rows)
+                if first < end:
+                    spans = self._reader.spans(part.key, part.lead, part.start + first - at, end - first)
+                    if spans is None:
+                        return None
+                    found += spans
+                at += part.rows
+        return found
+
+    def _full(self, parameter: Parameter, dtype: torch.dtype) -> list[Tensor]:
+        """The row's Hugging Face tensors, through memory. Of a padded vocabulary no more than its rows are read."""
+        values = torch.empty(parameter.shape, dtype=dtype)
+        at = 0
+        for part in parameter.parts:
+            rows = min(part.rows, self._sizes.axes["V"]) if parameter.is_padded else part.rows
+            offset = (*part.lead, part.start, *(0,) * (values.dim() - 1))
+            self._reader.read(part.key, offset, values[at : at + rows])
+            at += part.rows
+        return parameter.row.layout.full([values], self._sizes)
 
 
 def hf_files(folder: Path) -> Path:
@@ -167,198 +199,108 @@ def hf_files(folder: Path) -> Path:
     return source
 
 
-@dataclass(frozen=True, slots=True)
-class Parameter:
-    """A parameter of the whole model (one rank, one stage), on the meta device."""
-
-    row: Row
-    sharded: ShardedTensor | ShardedTensorFactory
-
-    def parts(self, values: Tensor | None = None) -> list[ShardedTensor]:
-        """Where it lies in global tensors; with `values` of its shape, each part's `data` is a view of them."""
-        entry = self.sharded
-        if values is not None and isinstance(entry, ShardedTensor):
-            entry = replace(entry, data=values, dtype=values.dtype)
-        elif values is not None:
-            entry = replace(entry, data=values)
-        if isinstance(entry, ShardedTensorFactory):
-            built = entry.build()
-            return list(built.values()) if isinstance(built, dict) else list(built)
-        return [entry]
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.sharded.data.shape
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    key: str
-    offset: tuple[int, ...]
-
-
-def model_config(*, tensor: int = 1, pipeline: int = 1) -> Config:
-    """What building a float32 model on the CPU asks of a config, and nothing else."""
-    return Config.model_construct(  # type: ignore[call-arg]
-        device="cpu",
-        seed=0,
-        model=ModelConfig(path=".", dtype="fp32", layers="local"),
-        parallel=ParallelConfig(ranks_per_node=tensor * pipeline, tensor=tensor, pipeline=pipeline),
-        optimizer=OptimizerConfig(),
-    )
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """Without a launcher's word that this process is one of several ranks."""
-    rank = os.environ.pop("RANK", None)
-    size = os.environ.pop("WORLD_SIZE", None)
-    try:
-        yield
-    finally:
-        os.environ |= {name: value for name, value in (("RANK", rank), ("WORLD_SIZE", size)) if value is not None}
-
-
-def _describe(hf: dict[str, Any]) -> tuple[list[Parameter], list[Blob]]:
-    """The model's parameters in the order of `row_groups`, and what else Megatron stores with a model."""
-    cfg = model_config()
-    with _alone():
-        device = init_device(cfg)
-    try:
-        with torch.device("meta"):
-            [model] = build_model(hf, cfg, replace(device, torch_device=torch.device("meta")), trainable=False)
-        state: dict[str, Any] = model.sharded_state_dict()  # type: ignore[operator]
-    finally:
-        shutdown_device()
-    objects = [entry for entry in state.values() if isinstance(entry, ShardedObject)]
-    blobs = [Blob(key=entry.unique_key, value=[entry.data]) for entry in objects]  # Megatron keeps lists of objects
-    entries = {name: entry for name, entry in state.items() if not isinstance(entry, ShardedObject)}
-    rows = [row for group in row_groups(hf) for row in group if not row.copied]
-    parameters = [Parameter(row, entries.pop(row.megatron[0])) for row in rows]
-    if entries:
-        raise RuntimeError(f"no Hugging Face name is known for {', '.join(entries)} in {hf['architectures'][0]}")
-    return parameters, blobs
-
-
-class _FiniteCheck:
-    """Warns of every tensor that holds NaN or infinity, once. May be used by several threads."""
-
-    def __init__(self) -> None:
-        self._named: set[str] = set()
-
-    def check(self, name: str, values: Tensor) -> None:
-        finite = not values.numel() or torch.isfinite(torch.stack(torch.aminmax(values))).all()  # NaN propagates
-        if not finite and name not in self._named:
-            self._named.add(name)
-            logger.warning("%s holds values that are not finite", name)
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """The tensors of a Hugging Face folder as they are to be written."""
-
-    tensors: HfTensors
-    sizes: ModelSizes
-    wanted_dtype: torch.dtype | None
-    finite: _FiniteCheck
-
-    def dtype(self, row: Row) -> torch.dtype:
-        """Raises UserError if the row's tensors, which are one parameter, differ and no dtype is wanted."""
-        dtypes = {self.tensors.dtypes[name] for name in row.hf}
-        if self.wanted_dtype is None and len(dtypes) > 1:
-            raise UserError(f"{self.tensors.folder}: {', '.join(row.hf)} differ in dtype; give --dtype")
-        return self.wanted_dtype or dtypes.pop()
-
-    def rows(self, name: str, start: int, end: int, dtype: torch.dtype) -> Tensor:
-        """Rows of a tensor, zeros from its end on."""
-        found = self.tensors.slice(name)[start : min(end, self.tensors.shapes[name][0])].to(dtype)
-        self.finite.check(name, found)
-        missing = end - start - len(found)
-        return torch.cat([found, found.new_zeros(missing, *found.shape[1:])]) if missing else found
-
-    def parameter(self, row: Row, dtype: torch.dtype) -> Tensor:
-        full = [self.rows(name, 0, self.tensors.shapes[name][0], dtype) for name in row.hf]
-        return row.layout.shard(full, self.sizes, 0, 1)
-
-
-def _pieces(parameter: Parameter, source: _Source) -> list[Piece]:
-    """The parameter's parts. One that is a whole Hugging Face tensor comes in pieces of PIECE_BYTES, row by row."""
-    row, parts, dtype = parameter.row, parameter.parts(), source.dtype(parameter.row)
-    if not _is_tensor_by_tensor(parameter, parts, source.tensors):
-        [part] = parts
-        return [_piece(part, 0, part.local_shape[0], dtype, partial(source.parameter, row, dtype))]
-    pieces = []
-    for name, part in zip(row.hf, parts, strict=True):
-        num_rows = max(1, PIECE_BYTES // (part.data[0].numel() * dtype.itemsize))
-        for start in range(0, part.local_shape[0], num_rows):
-            end = min(start + num_rows, part.local_shape[0])
-            pieces.append(_piece(part, start, end, dtype, partial(source.rows, name, start, end, dtype)))
-    return pieces
-
-
-def _is_tensor_by_tensor(parameter: Parameter, parts: list[ShardedTensor], tensors: HfTensors) -> bool:
-    """Whether part i is the parameter's i-th Hugging Face tensor, but for the rows that pad a vocabulary."""
-    shapes = [tensors.shapes[name] for name in parameter.row.hf]
-    padded = isinstance(parameter.row.layout, VocabularyRows)
-    return len(parts) == len(shapes) and all(
-        part.local_shape[padded:] == shape[padded:] for part, shape in zip(parts, shapes, strict=True)
-    )
-
-
-def _piece(part: ShardedTensor, start: int, end: int, dtype: torch.dtype, read: Callable[[], Tensor]) -> Piece:
-    """Rows `start` to `end` of a part, which `read` gives."""
-    ones = (1,) * part.prepend_axis_num
-    offset = list(part.global_offset)
-    offset[part.prepend_axis_num] += start
-    shape = (*ones, end - start, *part.local_shape[1:])
-    return Piece(
-        key=part.key,
-        global_shape=tuple(part.global_shape),
-        offset=tuple(offset),
-        shape=shape,
-        dtype=dtype,
-        load=lambda: read().view(shape),
-    )
-
-
-def _places(reader: CheckpointReader, parameter: Parameter) -> list[_Place]:
+def _found(reader: CheckpointReader, parameter: Parameter) -> tuple[Part, ...]:
     """Where the checkpoint has the parameter's parts: in tensors stacked over layers, or in one for each layer."""
     found = []
-    for part in parameter.parts():
-        place, shape = _Place(part.key, tuple(part.global_offset)), tuple(part.global_shape)
-        if place.key not in reader.tensors and part.prepend_axis_num:
-            layer, *rest = part.global_offset
-            place = _Place(part.key.replace("decoder.layers.", f"decoder.layers.{layer}.", 1), tuple(rest))
-            shape = shape[1:]
+    for part in parameter.parts:
+        place = numbered(part) if part.key not in reader.tensors and "decoder.layers." in part.key else part
         if place.key not in reader.tensors:
             raise UserError(f"{reader.folder}: {part.key} is missing; is hf/config.json of this model?")
-        saved = tuple(reader.tensors[place.key].size)
-        padded = isinstance(parameter.row.layout, VocabularyRows)  # as the writer's layout wanted it
+        saved, shape = tuple(reader.tensors[place.key].size), place.global_shape
+        padded = parameter.is_padded  # as the writer's layout wanted it
         if len(saved) != len(shape) or saved[padded:] != shape[padded:]:
             raise UserError(
                 f"{reader.folder}: {place.key} has shape {list(saved)}, but hf/config.json means {list(shape)}; "
                 "is it of this model?"
             )
         found.append(place)
-    return found
+    return tuple(found)
 
 
-def _read(
-    reader: CheckpointReader, parameter: Parameter, places: Sequence[_Place], values: Tensor, num_rows: int
-) -> None:
-    """Fill `values`, of the parameter's shape; of a padded vocabulary its first `num_rows` rows."""
-    padded = isinstance(parameter.row.layout, VocabularyRows)
-    for place, part in zip(places, parameter.parts(values), strict=True):
-        reader.read(place.key, place.offset, part.data[:num_rows] if padded else part.data)
+class _Runs:
+    """Which rows go where, found once for all parameters of a layout and a number of rows."""
+
+    def __init__(self, sizes: ModelSizes) -> None:
+        self._sizes = sizes
+        self._sharded: dict[Any, list[Run]] = {}
+        self._full: dict[Any, list[list[Run]]] = {}
+
+    def sharded(self, row: Row) -> list[Run]:
+        """Of which rows of the row's Hugging Face tensors the parameter is made."""
+        num_rows = tuple(shape[0] for shape in row.shapes(self._sizes).values())
+        key = (row.layout, num_rows)
+        if key not in self._sharded:
+            self._sharded[key] = shard_runs(lambda full: row.layout.shard(full, self._sizes, 0, 1), num_rows)
+        return self._sharded[key]
+
+    def full(self, parameter: Parameter) -> list[list[Run]]:
+        """Of which rows of the parameter each of its row's Hugging Face tensors is made."""
+        key = (parameter.row.layout, parameter.shape[0])
+        if key not in self._full:
+            self._full[key] = full_runs(lambda rows: parameter.row.layout.full([rows], self._sizes), parameter.shape[0])
+        return self._full[key]
 
 
-def _ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, the next one made in a thread while one is in use."""
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = thread.submit(next, items, None)
-            yield item
+class _Source:
+    """The tensors of a Hugging Face folder as they are to be written, in `dtype` or in their own."""
+
+    def __init__(self, tensors: HfTensors, sizes: ModelSizes, dtype: torch.dtype | None, finite: FiniteCheck) -> None:
+        self._tensors, self._dtype, self._finite = tensors, dtype, finite
+        self._runs = _Runs(sizes)
+
+    def pieces(self, parameter: Parameter) -> Iterator[Piece]:
+        """The parameter's parts, in pieces of PIECE_BYTES, row by row.
+
+        Raises UserError if the row's tensors, which are one parameter, differ in dtype and none is wanted.
+        """
+        row, at = parameter.row, 0
+        dtypes = {self._tensors.dtypes[name] for name in row.hf}
+        if self._dtype is None and len(dtypes) > 1:
+            raise UserError(f"{self._tensors.folder}: {', '.join(row.hf)} differ in dtype; give --dtype")
+        dtype = self._dtype or dtypes.pop()
+        width = parameter.shape[1:]
+        step = max(1, PIECE_BYTES // (math.prod(width) * dtype.itemsize))
+        for part in parameter.parts:
+            for start in range(0, part.rows, step):
+                rows = min(step, part.rows - start)
+                yield Piece(
+                    key=part.key,
+                    global_shape=part.global_shape,
+                    offset=(*part.lead, part.start + start, *(0,) * len(width)),
+                    shape=(*(1,) * len(part.lead), rows, *width),
+                    dtype=dtype,
+                    chunks=partial(self._chunks, row, at + start, at + start + rows, dtype),
+                )
+            at += part.rows
+
+    def _chunks(self, row: Row, start: int, end: int, dtype: torch.dtype) -> Iterator[memoryview]:
+        """The bytes of rows `start` to `end` of the parameter."""
+        names = list(row.hf)
+        row_values = math.prod(self._tensors.shapes[names[0]][1:])
+        for run in cut(self._runs.sharded(row), start, end):
+            name = names[run.source or 0]
+            stored = self._tensors.dtypes[name]
+            if run.source is None:
+                span = Span(None, 0, run.count * row_values * stored.itemsize)
+            else:
+                span = self._tensors.span(name, run.first, run.first + run.count)
+            yield from copy_spans([span], stored, dtype, partial(self._finite.check, name))
+
+
+class _Count:
+    """Tells of progress. May be used by several threads."""
+
+    def __init__(self, total: int, on_progress: OnProgress) -> None:
+        self._total, self._on_progress = total, on_progress
+        self._done = 0
+        self._lock = Lock()
+
+    def chunks(self, make: Callable[[], Iterable[memoryview]]) -> Iterator[memoryview]:
+        for chunk in make():
+            yield chunk
+            with self._lock:
+                self._done += len(chunk)
+                self._on_progress(self._done, self._total)
 
 
 def _check_uniform(hf_dir: Path, pieces: Sequence[Piece]) -> None:
@@ -367,24 +309,6 @@ def _check_uniform(hf_dir: Path, pieces: Sequence[Piece]) -> None:
     for piece in pieces:
         if dtypes.setdefault(piece.key, piece.dtype) != piece.dtype:
             raise UserError(f"{hf_dir}: layers differ in the dtype of {piece.key}; give --dtype")
-
-
-def _counted(pieces: Sequence[Piece], on_progress: OnProgress) -> list[Piece]:
-    """The pieces, with `on_progress` called as each has been loaded."""
-    total, done, lock = sum(piece.num_bytes for piece in pieces), 0, Lock()
-
-    def counted(piece: Piece) -> Callable[[], Tensor]:
-        def load() -> Tensor:
-            nonlocal done
-            found = piece.load()
-            with lock:
-                done += piece.num_bytes
-                on_progress(done, total)
-            return found
-
-        return load
-
-    return [replace(piece, load=counted(piece)) for piece in pieces]
 
 
 def _checked_output(out_dir: str | Path, source_dir: str | Path, overwrite: bool) -> Path:
@@ -411,14 +335,16 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def _appearing(out: Path, num_bytes: int, overwrite: bool, *, committed: bool) -> Iterator[Path]:
-    """A temporary folder that becomes `out` when the block ends well, and is removed when it does not."""
+def _appearing(
+    out: Path, num_bytes: int, overwrite: bool, end: Callable[[Path], None] = folders.publish
+) -> Iterator[Path]:
+    """A temporary folder that becomes `out` when the block ends well, by `end`, and is removed when it does not."""
     try:
         temporary = folders.begin(out, num_bytes)
         try:
             yield temporary
             _check_replaceable(out, overwrite)  # once more, after what may have been hours
-            folders.commit(out) if committed else folders.publish(out)
+            end(out)
         finally:
             folders.discard(out)
     except OSError as error:

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from io import FileIO
+from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_prorl.checkpoint.spans import Span
+from megatron_prorl.checkpoint.threads import Stopped, equal_parts, in_threads
 from megatron_prorl.errors import UserError
+from megatron_prorl.weights.tables import EMBEDDING, HEAD, hf_shapes
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # safetensors' names
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-WRITE_BYTES = 2**20  # at a time: of 100 MB at once the kernel takes a third of the rate
+NUM_WRITERS = 2  # at a time: one thread computes while the other waits for the disk
+COMPARED_BYTES = 16 * 2**20  # about, of embedding and head at once
 SHARD_BYTES = 5 * 10**9  # of one file, as transformers writes them
 _SMALL_SUFFIXES = (".json", ".txt", ".jinja", ".model")  # configs, tokenizer, chat template
 _MORE_TEMPLATES = "additional_chat_templates"  # transformers' name
@@ -36,6 +42,7 @@ class HfTensors:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._path_of: dict[str, Path] = {}
+        self._start_of: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         for path, names in _files(self.folder).items():
@@ -49,6 +56,7 @@ class HfTensors:
                 raise UserError(f"{path}: {_listing(absent)} missing, though {INDEX} lists it; copy both again")
             if names is not None and (stray := sorted(set(found) - set(names))):
                 raise UserError(f"{path}: {_listing(stray)} in no line of {INDEX} for this file; copy both again")
+            starts = _starts(path)
             for name in found:
                 tensor = file.get_slice(name)
                 if tensor.get_dtype() not in _DTYPES:
@@ -56,6 +64,7 @@ class HfTensors:
                         f"{path}: {name} is of type {tensor.get_dtype()}; only {', '.join(_DTYPES)} are supported"
                     )
                 self._path_of[name] = path
+                self._start_of[name] = starts[name]
                 self.shapes[name] = tuple(tensor.get_shape())
                 self.dtypes[name] = _DTYPES[tensor.get_dtype()]
 
@@ -73,6 +82,11 @@ class HfTensors:
                     f"{self.folder}: {name} has shape {list(self.shapes[name])}, but config.json means {list(shape)}; "
                     "is config.json of this model?"
                 )
+
+    def span(self, name: str, start: int, end: int) -> Span:
+        """Where rows `start` to `end` of the tensor lie on disk."""
+        row_bytes = math.prod(self.shapes[name][1:]) * self.dtypes[name].itemsize
+        return Span(self._path_of[name], self._start_of[name] + start * row_bytes, (end - start) * row_bytes)
 
     def __contains__(self, name: str) -> bool:
         return name in self.shapes
@@ -92,6 +106,14 @@ class _Slice:
     def __getitem__(self, index: Any) -> Tensor:
         with safe_open(self.path, framework="pt") as file:
             return file.get_slice(self.name)[index]
+
+
+def _starts(path: Path) -> dict[str, int]:
+    """Where in a safetensors file, which `safe_open` has found to be whole, each tensor begins."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
 
 def _files(folder: Path) -> dict[Path, list[str] | None]:
@@ -173,13 +195,14 @@ def keep_model_files(source: Path, target: Path) -> None:
 def write_tensors(
     folder: Path,
     specs: Sequence[TensorSpec],
-    tensors: Iterator[tuple[str, Tensor]],
+    chunks: Callable[[TensorSpec], Iterable[memoryview]],
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write safetensors files into `folder`, each tensor as it comes: `tensors` yields them in the order of `specs`.
+    """Write safetensors files into `folder`, several tensors at a time; `chunks` gives the bytes of each.
 
-    One file, or several of at most `shard_bytes` (or one tensor) with an index.
+    One file, or several of at most `shard_bytes` (or one tensor) with an index. Raises OSError if the disk refuses, and
+    what `chunks` raises; the other threads then end with the chunk they have in hand, as they do on Ctrl-C.
     """
     plan: list[list[TensorSpec]] = [[]]
     room = shard_bytes
@@ -190,37 +213,70 @@ def write_tensors(
         plan[-1].append(spec)
         room -= spec.num_bytes
     weight_map: dict[str, str] = {}
+    places: list[tuple[Path, int, TensorSpec]] = []
     for number, of_file in enumerate(plan, start=1):
         file = SINGLE if len(plan) == 1 else f"model-{number:05d}-of-{len(plan):05d}.safetensors"
-        _write_file(folder / file, of_file, tensors)
+        starts = _write_header(folder / file, of_file)
+        places += [(folder / file, start, spec) for start, spec in zip(starts, of_file, strict=True)]
         weight_map |= dict.fromkeys((spec.name for spec in of_file), file)
-    leftover = next(tensors, None)
-    assert leftover is None, f"{leftover} came after all names"
+    stop = Event()
+    parts = equal_parts(places, NUM_WRITERS, lambda place: place[2].num_bytes)
+    in_threads([partial(_write_places, part, chunks, stop) for part in parts], stop)
     if len(plan) > 1:
         index = {"metadata": {"total_size": sum(spec.num_bytes for spec in specs)}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_file(path: Path, specs: Sequence[TensorSpec], tensors: Iterator[tuple[str, Tensor]]) -> None:
-    """The header's length in eight bytes, the header, the tensors: `save_file` would need all of them at once."""
+def _write_header(path: Path, specs: Sequence[TensorSpec]) -> list[int]:
+    """Begin a safetensors file: the header's length in eight bytes, the header. Returns where each tensor is to lie."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
+    ends = [0]
     for spec in specs:
-        start, end = end, end + spec.num_bytes
-        header[spec.name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
+        ends.append(ends[-1] + spec.num_bytes)
+        header[spec.name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": ends[-2:]}
     content = json.dumps(header, separators=(",", ":")).encode()
     content += b" " * (-len(content) % 8)  # the tensors begin at a multiple of 8
-    with path.open("wb", buffering=0) as file:
-        _write_all(file, memoryview(len(content).to_bytes(8, "little") + content))
-        for spec in specs:
-            name, tensor = next(tensors)
-            assert (name, tuple(tensor.shape), tensor.dtype) == (spec.name, spec.shape, spec.dtype), (name, spec)
-            values = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
-            _write_all(file, values)
+    path.write_bytes(len(content).to_bytes(8, "little") + content)
+    return [8 + len(content) + start for start in ends[:-1]]
 
 
-def _write_all(file: FileIO, values: memoryview) -> None:
-    """All of it, or OSError: one call may write less, as on a disk that gets full."""
-    written = 0
-    while written < len(values):
-        written += file.write(values[written : written + WRITE_BYTES])
+def _write_places(
+    places: Sequence[tuple[Path, int, TensorSpec]], chunks: Callable[[TensorSpec], Iterable[memoryview]], stop: Event
+) -> None:
+    for path, start, spec in places:
+        descriptor = os.open(path, os.O_WRONLY)
+        try:
+            end = start
+            for chunk in chunks(spec):
+                if stop.is_set():
+                    raise Stopped
+                while chunk:  # one call may write less, as on a disk that gets full
+                    count = os.pwrite(descriptor, chunk, end)
+                    chunk, end = chunk[count:], end + count
+            assert end == start + spec.num_bytes, (spec, end - start)
+        finally:
+            os.close(descriptor)
+
+
+def check_tensors(tensors: HfTensors, hf: dict[str, Any], *, rank: int = 0, num_ranks: int = 1) -> None:
+    """Raise UserError unless the folder holds exactly the tensors of the model that `hf` describes.
+
+    A folder with tied embeddings may hold the head too, if it is the embedding; rank's rows are compared.
+    """
+    is_tied = hf["tie_word_embeddings"]
+    tensors.check(hf_shapes(hf), ignored=HEAD.hf if is_tied else ())
+    if not is_tied or next(iter(HEAD.hf)) not in tensors:
+        return
+    embedding, head = (next(iter(row.hf)) for row in (EMBEDDING, HEAD))
+    num_rows, width = tensors.shapes[embedding]
+    of_rank = range(rank * num_rows // num_ranks, (rank + 1) * num_rows // num_ranks)
+    step = max(1, COMPARED_BYTES // width)
+    same = tensors.shapes[head] == tensors.shapes[embedding] and tensors.dtypes[head] == tensors.dtypes[embedding]
+    for start in of_rank[::step] if same else ():
+        rows = slice(start, min(start + step, of_rank.stop))
+        same = same and torch.equal(tensors.slice(embedding)[rows], tensors.slice(head)[rows])
+    if not same:
+        raise UserError(
+            f"{tensors.folder}: lm_head.weight differs from the embedding in values, shape or dtype, but config.json "
+            "says tie_word_embeddings; set it to false"
+        )

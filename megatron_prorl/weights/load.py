@@ -15,12 +15,10 @@ from torch import Tensor
 from megatron_prorl.checkpoint.sharded import load_model_state, model_state, read_folder
 from megatron_prorl.checkpoint.stream import check_metadata
 from megatron_prorl.config.hf import is_megatron_checkpoint
-from megatron_prorl.errors import UserError
-from megatron_prorl.weights.hf import HfTensors
-from megatron_prorl.weights.tables import EMBEDDING, HEAD, ModelSizes, Row, hf_shapes, row_groups
+from megatron_prorl.weights.hf import HfTensors, check_tensors
+from megatron_prorl.weights.tables import ModelSizes, Row, row_groups
 
 _LAYERS = "decoder.layers."
-COMPARED_BYTES = 16 * 2**20  # about, of embedding and head at once
 _EXPERT = re.compile(r"(mlp\.experts\.(?:local_experts\.|linear_fc[12]\.weight))(\d+)")
 
 
@@ -109,27 +107,3 @@ def local_rows(chunks: Sequence[torch.nn.Module], hf: dict[str, Any]) -> list[li
     if parameters:
         raise RuntimeError(f"no Hugging Face name is known for {', '.join(parameters)} in {hf['architectures'][0]}")
     return groups
-
-
-def check_tensors(tensors: HfTensors, hf: dict[str, Any], *, rank: int = 0, num_ranks: int = 1) -> None:
-    """Raise UserError unless the folder holds exactly the tensors of the model that `hf` describes.
-
-    A folder with tied embeddings may hold the head too, if it is the embedding; rank's rows are compared.
-    """
-    is_tied = hf["tie_word_embeddings"]
-    tensors.check(hf_shapes(hf), ignored=HEAD.hf if is_tied else ())
-    if not is_tied or next(iter(HEAD.hf)) not in tensors:
-        return
-    embedding, head = (next(iter(row.hf)) for row in (EMBEDDING, HEAD))
-    num_rows, width = tensors.shapes[embedding]
-    of_rank = range(rank * num_rows // num_ranks, (rank + 1) * num_rows // num_ranks)
-    step = max(1, COMPARED_BYTES // width)
-    same = tensors.shapes[head] == tensors.shapes[embedding] and tensors.dtypes[head] == tensors.dtypes[embedding]
-    for start in of_rank[::step] if same else ():
-        rows = slice(start, min(start + step, of_rank.stop))
-        same = same and torch.equal(tensors.slice(embedding)[rows], tensors.slice(head)[rows])
-    if not same:
-        raise UserError(
-            f"{tensors.folder}: lm_head.weight differs from the embedding in values, shape or dtype, but config.json "
-            "says tie_word_embeddings; set it to false"
-        )

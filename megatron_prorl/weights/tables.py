@@ -238,6 +238,11 @@ _DENSE_MLP = (
     Row(Columns("I"), ("decoder.layers.*.mlp.linear_fc2.weight",), {"model.layers.*.mlp.down_proj.weight": "H I"}),
 )
 
+_MOE_NORM = Row(
+    Replicated(),
+    ("decoder.layers.*.pre_mlp_layernorm.weight",),
+    {"model.layers.*.post_attention_layernorm.weight": "H"},
+)
 _ROUTER = Row(Replicated(), ("decoder.layers.*.mlp.router.weight",), {"model.layers.*.mlp.gate.weight": "E H"})
 
 
@@ -272,8 +277,8 @@ def row_groups(hf: dict[str, Any]) -> list[list[Row]]:
     """
     groups = [[EMBEDDING]]
     for layer, is_moe in enumerate(moe_layers(hf)):
-        mlp = (_ROUTER,) if is_moe else _DENSE_MLP
-        groups.append([row.at(layer) for row in (*_ATTENTION[hf["architectures"][0]], _MLP_NORM, *mlp)])
+        mlp = (_MOE_NORM, _ROUTER) if is_moe else (_MLP_NORM, *_DENSE_MLP)
+        groups.append([row.at(layer) for row in (*_ATTENTION[hf["architectures"][0]], *mlp)])
         if is_moe:
             groups += [[row.at(layer) for row in _expert_rows(expert)] for expert in range(hf["num_experts"])]
     return [*groups, [FINAL_NORM, TIED_HEAD if hf["tie_word_embeddings"] else HEAD]]

@@ -20,14 +20,14 @@ from torch import Tensor
 from megatron_prorl import comm
 from megatron_prorl.checkpoint.sharded import load_model_state, model_state, read_folder
 from megatron_prorl.config.hf import read_hf_config
+from megatron_prorl.config.schema import Config, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_prorl.errors import UserError
 from megatron_prorl.launch.local import end_with_launcher, launch_ranks, report_user_error
 from megatron_prorl.policy.device import init_device, shutdown_device
 from megatron_prorl.policy.model import build_model
 from megatron_prorl.weights.checksum import checksum
-from megatron_prorl.weights.convert import MegatronTensors, hf_files, model_config
-from megatron_prorl.weights.hf import HfTensors
-from megatron_prorl.weights.load import check_tensors
+from megatron_prorl.weights.convert import MegatronTensors, hf_files
+from megatron_prorl.weights.hf import HfTensors, check_tensors
 from megatron_prorl.weights.tables import hf_shapes
 
 SEQUENCES, TOKENS = 4, 64
@@ -133,11 +133,22 @@ def _megatron_logits(folder: Path, token_ids: Tensor, tensor: int, pipeline: int
         return torch.load(f"{scratch}/logits.pt")
 
 
+def _model_config(tensor: int, pipeline: int) -> Config:
+    """What building a float32 model on the CPU asks of a config, and nothing else."""
+    return Config.model_construct(  # type: ignore[call-arg]
+        device="cpu",
+        seed=0,
+        model=ModelConfig(path=".", dtype="fp32", layers="local"),
+        parallel=ParallelConfig(ranks_per_node=tensor * pipeline, tensor=tensor, pipeline=pipeline),
+        optimizer=OptimizerConfig(),
+    )
+
+
 @torch.no_grad()
 def _rank_main(folder: Path, scratch: Path, tensor: int, pipeline: int) -> None:
     """One of the ranks: its part of the model on all sequences, packed; rank 0 saves the logits of all."""
     token_ids = torch.load(scratch / "token_ids.pt")
-    cfg, hf = model_config(tensor=tensor, pipeline=pipeline), read_hf_config(hf_files(folder))
+    cfg, hf = _model_config(tensor, pipeline), read_hf_config(hf_files(folder))
     device = init_device(cfg)
     comm.init_control_group()
     chunks = build_model(hf, cfg, device, trainable=False)

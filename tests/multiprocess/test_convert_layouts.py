@@ -29,7 +29,7 @@ from megatron_prorl.weights.load import load_hf_weights, local_parameters
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 MODELS = [("qwen2", False, "fp32"), ("qwen2", True, "bf16"), ("qwen3", False, "bf16"), ("qwen3", True, "fp32")]
-LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)]  # tensor, pipeline
+LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2)]  # tensor, pipeline
 
 
 @pytest.fixture(scope="module")

@@ -68,6 +68,12 @@ def test_configuration_and_command_line_need_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0
 
 
+def test_converting_needs_no_megatron() -> None:
+    """Its import takes as long as copying gigabytes."""
+    script = "import sys, megatron_prorl.weights.convert; sys.exit('megatron' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0
+
+
 def test_pure_parts_know_no_other_part_of_the_system() -> None:
     """algo and config look at nothing but types, errors and themselves."""
     allowed = {"algo": ("algo", "types", "config", "errors"), "config": ("config", "errors")}

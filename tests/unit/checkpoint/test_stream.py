@@ -6,7 +6,8 @@ import os
 import pickle
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.distributed import checkpoint as torch_checkpoint
 
+from megatron_prorl.checkpoint.folders import crc32
+from megatron_prorl.checkpoint.spans import copy_spans, tensor_chunks
 from megatron_prorl.checkpoint.stream import Blob, CheckpointReader, Piece, check_metadata, write_pieces
 from megatron_prorl.errors import UserError
 
@@ -22,7 +25,10 @@ NUM_PIECES = 100
 
 
 def piece(number: int, load: Callable[[], Tensor]) -> Piece:
-    return Piece(key=f"{number:03}", global_shape=(4,), offset=(0,), shape=(4,), dtype=torch.float32, load=load)
+    def chunks() -> Iterator[memoryview]:
+        yield from tensor_chunks(load())
+
+    return Piece(key=f"{number:03}", global_shape=(4,), offset=(0,), shape=(4,), dtype=torch.float32, chunks=chunks)
 
 
 def stopped_by(fault: Callable[[], Any], folder: Path) -> int:
@@ -71,8 +77,13 @@ def test_what_is_written_is_read(tmp_path: Path, dtype: torch.dtype) -> None:
     values = torch.arange(12).reshape(3, 4).to(dtype)
     rows = [
         Piece(
-            key="w", global_shape=(3, 4), offset=(row, 0), shape=(1, 4), dtype=dtype, load=values[row : row + 1].clone
-        )
+            key="w",
+            global_shape=(3, 4),
+            offset=(row, 0),
+            shape=(1, 4),
+            dtype=dtype,
+            chunks=partial(tensor_chunks, values[row : row + 1]),
+        )  # fmt: skip
         for row in range(3)
     ]
     write_pieces(tmp_path, rows, [Blob(key="extra", value={"a": 1})])
@@ -137,3 +148,38 @@ def test_a_file_that_was_cut_off_is_named(tmp_path: Path) -> None:
             CheckpointReader(tmp_path)
         file.write_bytes(whole)
     CheckpointReader(tmp_path)
+
+
+def box(values: Tensor, rows: slice, columns: slice) -> Piece:
+    part = values[rows, columns]
+    return Piece(
+        key="w", global_shape=tuple(values.shape), offset=(rows.start, columns.start), shape=tuple(part.shape),
+        dtype=values.dtype, chunks=partial(tensor_chunks, part),
+    )  # fmt: skip
+
+
+def test_rows_lie_where_their_spans_say_whatever_pieces_they_are_in(tmp_path: Path) -> None:
+    values = torch.arange(40).reshape(10, 4).to(torch.bfloat16)
+    write_pieces(tmp_path, [box(values, slice(start, start + 5), slice(0, 4)) for start in (0, 5)])
+    spans = CheckpointReader(tmp_path).spans("w", (), 3, 4)
+    assert spans is not None and [span.num_bytes for span in spans] == [16, 16]
+    copied = b"".join(bytes(chunk) for chunk in copy_spans(spans, values.dtype, values.dtype, lambda _: None))
+    assert copied == bytes(values[3:7].contiguous().view(torch.uint8).numpy().data)
+    widened = b"".join(bytes(chunk) for chunk in copy_spans(spans, values.dtype, torch.float32, lambda _: None))
+    assert widened == bytes(values[3:7].float().view(torch.uint8).numpy().data)
+
+
+def test_rows_in_pieces_of_columns_or_in_none_have_no_spans(tmp_path: Path) -> None:
+    values = torch.zeros(10, 4)
+    (tmp_path / "columns").mkdir()
+    (tmp_path / "gap").mkdir()
+    write_pieces(tmp_path / "columns", [box(values, slice(0, 10), slice(start, start + 2)) for start in (0, 2)])
+    write_pieces(tmp_path / "gap", [box(values, slice(0, 4), slice(0, 4)), box(values, slice(6, 10), slice(0, 4))])
+    for folder in ("columns", "gap"):
+        assert CheckpointReader(tmp_path / folder).spans("w", (), 2, 6) is None
+
+
+def test_the_digests_are_those_of_the_files(tmp_path: Path) -> None:
+    digests = write_pieces(tmp_path, [piece(number, lambda: torch.randn(4)) for number in range(4)])
+    assert len(digests) == 2
+    assert digests == {path.name: crc32(path) for path in tmp_path.glob("*.distcp")}

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tiny_model import make_tiny_qwen
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from megatron_prorl.checkpoint.spans import tensor_chunks
 from megatron_prorl.checkpoint.stream import CheckpointReader, Piece, write_pieces
 from megatron_prorl.errors import UserError
 from megatron_prorl.weights import convert
@@ -408,8 +410,9 @@ def test_a_checkpoint_with_a_tensor_for_each_layer_and_another_padding_is_read(
 def whole_tensor(key: str, tensor: Tensor) -> Piece:
     shape = tuple(tensor.shape)
     return Piece(
-        key=key, global_shape=shape, offset=(0,) * len(shape), shape=shape, dtype=tensor.dtype, load=tensor.contiguous
-    )
+        key=key, global_shape=shape, offset=(0,) * len(shape), shape=shape, dtype=tensor.dtype,
+        chunks=partial(tensor_chunks, tensor),
+    )  # fmt: skip
 
 
 class Harmful:

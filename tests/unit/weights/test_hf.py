@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_model import make_tiny_qwen
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_prorl.checkpoint.spans import tensor_chunks
 from megatron_prorl.config.hf import read_hf_config
 from megatron_prorl.errors import UserError
 from megatron_prorl.weights.hf import HfTensors, TensorSpec, check_tokenizer_fits, copy_small_files, write_tensors
@@ -141,7 +142,7 @@ def write_copy(source: Path, out: Path, shard_bytes: int) -> None:
     out.mkdir()
     copy_small_files(source, out, torch.float32)
     specs = [TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
-    write_tensors(out, specs, iter(tensors.items()), shard_bytes=shard_bytes)
+    write_tensors(out, specs, lambda spec: tensor_chunks(tensors[spec.name]), shard_bytes=shard_bytes)
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 40_000])
