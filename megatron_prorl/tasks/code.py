@@ -12,7 +12,7 @@ common modules need no import. A test fails unless the program ends with status 
 as in ProRL. Solutions have the standard library only.
 
 They are in Python, or in C++ too (C++17, g++ -O2) where `tasks.code.languages` says so and the tests are of type
-"stdin_stdout"; an untagged block is Python.
+"stdin_stdout". Untagged blocks, which also show examples of output, are Python where no block is tagged.
 """
 
 from __future__ import annotations
@@ -112,10 +112,10 @@ def verify(problem: Problem, text: str) -> Verdict:
 
 def extract_code(text: str, languages: Sequence[str] = ("python",)) -> tuple[str, str] | None:
     """(language, source) of the last closed fenced block outside the model's thoughts that is tagged as one of
-    `languages`; without a tag it is Python.
+    `languages`; without any, of the last untagged one, as Python.
     """
     by_tag = {tag: language for language in languages for tag in LANGUAGES[language]}
-    found: tuple[str, str] | None = None
+    tagged = untagged = None
     tag: str | None = None  # of the open block
     body: list[str] = []
     for line in spoken(text).split("\n"):
@@ -127,8 +127,9 @@ def extract_code(text: str, languages: Sequence[str] = ("python",)) -> tuple[str
         else:
             if tag in by_tag:
                 found = by_tag[tag], textwrap.dedent("\n".join([*body, ""]))
+                tagged, untagged = (found, untagged) if tag else (tagged, found)
             tag = None
-    return found
+    return tagged or untagged
 
 
 def read_tests(verification: dict[str, Any]) -> tuple[list[dict[str, Any]], list[Any]]:

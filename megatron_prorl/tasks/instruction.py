@@ -10,6 +10,13 @@ The definitions are those of IFEval's reference implementation, with these diffe
 * Sentences are split by rule, not by NLTK's trained Punkt model, which has to be downloaded. "IT'S" is one word.
 * A text without a letter is in no language; the reference takes it to be in the one asked for.
 * What the reference would choose at random, because an argument is missing or senseless, is an error.
+* What asks for something to be written is not met by its form alone: there are words between the quotation marks, after
+  a postscript's mark, after each section's mark and after the repeated prompt; of the options of a constrained response
+  one is given, not several; JSON is an object or a list with something in it.
+
+What can still be met with little sense, as the paper defines it so: keywords, letters, placeholders, highlights and end
+phrases that stand there for their own sake, and limits from above ("less than", no comma, forbidden words), which any
+short text keeps. Constraints are scored alone; what the prompt asks besides is not judged.
 
 No check takes more than linear time in the response, whatever it says.
 """
@@ -157,6 +164,11 @@ def _language(value: Any) -> str:
     return value
 
 
+def _has_content(text: str) -> bool:
+    """Whether there is a letter or a digit in it, of any script."""
+    return re.search(r"[^\W_]", text) is not None
+
+
 # The checks, in the order of the paper's table 1.
 
 
@@ -228,8 +240,10 @@ def _nth_paragraph_first_word(text: str, num_paragraphs: int, nth_paragraph: int
 
 
 def _has_postscript(text: str, postscript_marker: str) -> bool:
+    """The marker and words behind it."""
     marker = {"P.S.": r"p\.\s?s\.", "P.P.S": r"p\.\s?p\.\s?s"}.get(postscript_marker, re.escape(postscript_marker))
-    return re.search(marker, text, re.IGNORECASE) is not None
+    match = re.search(marker, text, re.IGNORECASE)
+    return match is not None and _has_content(text[match.end() :])
 
 
 def _number_placeholders(text: str, num_placeholders: int) -> bool:
@@ -257,7 +271,7 @@ def _has_title(text: str) -> bool:
 
 
 def _is_one_of_the_options(text: str) -> bool:
-    return any(f"My answer is {option}." in text for option in ("yes", "no", "maybe"))
+    return sum(f"My answer is {option}." in text for option in ("yes", "no", "maybe")) == 1
 
 
 def _number_highlights(text: str, num_highlights: int) -> bool:
@@ -268,24 +282,27 @@ def _number_highlights(text: str, num_highlights: int) -> bool:
 
 
 def _multiple_sections(text: str, section_spliter: str, num_sections: int) -> bool:
-    """At least so many marks such as "Section 1"."""
-    return len(re.findall(rf"{re.escape(section_spliter)}\s?\d+", text)) >= num_sections
+    """At least so many marks such as "Section 1" with words behind each."""
+    sections = re.split(rf"{re.escape(section_spliter)}\s?\d+", text)[1:]
+    return sum(map(_has_content, sections)) >= num_sections
 
 
 def _is_json(text: str) -> bool:
-    """The whole text, or the whole of the one fence around it, is JSON."""
+    """The whole text, or the whole of the one fence around it, is a JSON object or list that is not empty."""
     inner = text.strip()
     for opening in ("```json", "```Json", "```JSON", "```"):
         inner = inner.removeprefix(opening)
     try:
-        json.loads(inner.removesuffix("```").strip())
+        value = json.loads(inner.removesuffix("```").strip())
     except (ValueError, RecursionError):
         return False
-    return True
+    return isinstance(value, dict | list) and bool(value)
 
 
 def _repeats_prompt(text: str, prompt_to_repeat: str) -> bool:
-    return text.strip().lower().startswith(prompt_to_repeat.lower())
+    """The prompt and then words of its own."""
+    start, rest = text.strip()[: len(prompt_to_repeat)], text.strip()[len(prompt_to_repeat) :]
+    return start.lower() == prompt_to_repeat.lower() and _has_content(rest)
 
 
 def _two_responses(text: str) -> bool:
@@ -315,7 +332,7 @@ def _ends_with(text: str, end_phrase: str) -> bool:
 
 def _is_quoted(text: str) -> bool:
     stripped = text.strip()
-    return len(stripped) > 1 and stripped[0] == stripped[-1] == '"'
+    return len(stripped) > 1 and stripped[0] == stripped[-1] == '"' and _has_content(stripped)
 
 
 def _has_no_comma(text: str) -> bool:

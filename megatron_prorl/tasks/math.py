@@ -71,7 +71,8 @@ def verify(problem: Problem, text: str) -> Verdict:
 def is_met(gold: str, answer: str, question: str, is_equal: Callable[[str, str], bool]) -> bool:
     """Whether the answer is equal and not the question over again; 5% is 5 where the question speaks of percent."""
     golds = [gold]
-    if normalise.number(normalise.plain(gold)) and "%" not in gold and re.search(r"%|per\s?cent", question):
+    is_percent = normalise.plain(answer).endswith("%") and re.search(r"%|per\s?cent", question)
+    if is_percent and normalise.number(normalise.plain(gold)) and "%" not in gold:
         golds.append(gold + "%")
     return any(is_equal(one, answer) for one in golds) and not is_echo(answer, question, gold)
 
@@ -103,9 +104,15 @@ def is_echo(answer: str, question: str, gold: str) -> bool:
         return has_numbers and not is_angle and not any(_is_worked_out(side, gold_text, question) for side in texts)
     if not re.search(r"[-+*/^!({\\]", text.lstrip("-")) or normalise.number(text) or normalise.collection(text):
         return False
-    if _form(text) == _form(gold_text):
+    forms, gold_forms = _forms(text), _forms(gold_text)
+    if forms[0] == gold_forms[0]:
         return False  # \pi/2 for \frac{\pi}{2}: another notation, no work left
-    return _stands_in(text, question)
+    in_question = _forms_in(question)
+    return (
+        _stands_in(text, question)
+        or forms[0] in in_question
+        or (forms[1] != gold_forms[1] and forms[1] in in_question)  # (x+1)(x+1) for (x+1)^2
+    )
 
 
 def _is_worked_out(text: str, gold: str, question: str) -> bool:
@@ -125,12 +132,25 @@ def _stands_in(text: str, question: str) -> bool:
     return re.search(rf"(?<![\w.]){spaced}(?![\w^])", normalise.clean(question[:10_000])) is not None
 
 
-def _form(text: str) -> str:
-    """How sympy writes the expression, its terms in order but not worked out."""
+_FORMULA = re.compile(r"\$\$?([^$]{3,200})\$|\\\((.{3,200}?)\\\)|\\\[(.{3,200}?)\\\]", re.DOTALL)
+MAX_FORMULAS = 20
+
+
+@functools.lru_cache(maxsize=64)  # a group's answers meet the same question
+def _forms_in(question: str) -> frozenset[str]:
+    """The `_forms` of the sides of the question's formulas."""
+    formulas = ["".join(match.groups(default="")) for match in _FORMULA.finditer(question[:10_000])][:MAX_FORMULAS]
+    sides = (normalise.plain(side) for formula in formulas if not is_excessive(formula) for side in formula.split("="))
+    return frozenset(form for side in sides if side for form in _forms(side))
+
+
+def _forms(text: str) -> tuple[str, str]:
+    """How sympy writes the expression, its terms in order: not worked out, and like factors and terms put together."""
+    expression = _parse(text)[0]
     try:
-        return str(_parse(text)[:1])
-    except (ValueError, RecursionError):  # numbers too long to print
-        return text
+        return str(expression), str(expression.doit()) if hasattr(expression, "doit") else text
+    except (ValueError, TypeError, ArithmeticError, RecursionError):  # numbers too long to print, nothing to work out
+        return text, text
 
 
 def is_readable(answer: str) -> bool:
@@ -140,7 +160,7 @@ def is_readable(answer: str) -> bool:
     text = normalise.plain(answer)
     if not re.search(r"[^\W_]", text):
         return bool(re.search(r"\\(?:infty|emptyset)", text))
-    if normalise.number(text) or normalise.collection(text) or has_words(text):
+    if normalise.number(text) or normalise.collection(text) or normalise.has_words(text):
         return True
     return any(not isinstance(item, str) for item in _parse(text))
 
@@ -240,21 +260,33 @@ def _value(exponent: str) -> int:
     return max((int(digits) for digits in re.findall(r"\d+", exponent)), default=0)
 
 
-def has_words(text: str) -> bool:
-    """Whether plain text has words in it, which a parser of formulas takes for products, "east" for "seat"."""
-    names = re.findall(
-        r"[A-Za-z]{3,}",
-        re.sub(r"\\[A-Za-z]+|(?:sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|max|min|gcd|lcm)", " ", text),
-    )
-    return any(len(name) > 3 or set(name.lower()) & set("eiou") for name in names)
-
-
 def _sympy_equal(gold: str, answer: str) -> bool:
-    if has_words(gold) or has_words(answer):
+    if normalise.has_words(gold) or normalise.has_words(answer):
         return normalise.words(gold) == normalise.words(answer) != ""
+    if gold.endswith("+C"):
+        answer = re.sub(r"\+c$", "+C", answer)  # the constant of an integral has no name of its own
+    if _differ_in_case(gold, answer) or any(_OPEN.search(text) for text in (gold, answer)):
+        return False
     one, other = _parse(gold), _parse(answer)
     accepted = _math_verify().verify(one, other, allow_set_relation_comp=True, timeout_seconds=None)
     return bool(accepted) and not _differ_by_little(one[0], other[0])
+
+
+_SYMBOL = re.compile(r"\\[A-Za-z]+|[A-Za-z]")
+# 2\ldots, 1..3; 5', which is 5 feet or minutes; d/dx of something: sympy would make a number or work it out
+_OPEN = re.compile(
+    r"\\[lcvd]?dots|\.\.|(?<![_\w])\d+(?:\.\d+)?(?:'|\^\{?\\prime)|\\frac\{d(?:\^\d)?\}\{d[A-Za-z](?:\^\d)?\}"
+)
+
+
+def _differ_in_case(gold: str, answer: str) -> bool:
+    """Whether the answer has a letter in a case that the gold, which has the letter, lacks: X for x.
+
+    math-verify's comparison of lone symbols and of e is blind to it.
+    """
+    letters = set(_SYMBOL.findall(gold))
+    folded = {letter.casefold() for letter in letters}
+    return any(letter not in letters and letter.casefold() in folded for letter in _SYMBOL.findall(answer))
 
 
 def _differ_by_little(one: Any, other: Any) -> bool:
@@ -276,18 +308,25 @@ def _differ_by_little(one: Any, other: Any) -> bool:
 
 @functools.lru_cache(maxsize=64)  # a group's answers meet the same gold
 def _parse(text: str) -> list[Any]:
-    mathverify = _math_verify()
+    """As `math_verify.parse`: [expression, text], or [text] of what is none; but x and X stay two variables there."""
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy, normalize_latex
+    from math_verify.grader import should_treat_as_complex
+
     # Units are ours to take off: math-verify's way makes 5 of 5m, were m a mass or a slope.
-    default = mathverify.LatexExtractionConfig()
-    config = (
-        dataclasses.replace(
-            default,
-            boxed_match_priority=-1,
-            normalization_config=dataclasses.replace(default.normalization_config, units=False),
-        ),
-    )
+    config = dataclasses.replace(_math_verify().LatexExtractionConfig().normalization_config, units=False)
+    text = re.sub(r"\\[Dd]elta ?([A-Za-z])(?![A-Za-z_])", r"\1_{Delta}", text)  # one quantity, no product
     text = re.sub(r"(?<=\d)i(?![A-Za-z])", " i", text)  # by itself it is taken for the imaginary unit
-    return mathverify.parse(f"${text}$", config, parsing_timeout=None)
+    text = normalize_latex(text, config)
+    try:
+        expression = latex2sympy(
+            text,
+            is_real=not should_treat_as_complex(text),
+            normalization_config=None,
+            conversion_config=ConversionConfig(lowercase_symbols=False),
+        )
+    except Exception:  # its errors have no common class
+        return [text]
+    return [expression, text]
 
 
 @functools.cache

@@ -13,6 +13,7 @@ import string
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from math import gcd
 
 from megatron_prorl.tasks.units import Unit, parse_unit
 
@@ -25,14 +26,18 @@ _CHARACTERS = str.maketrans(
     {
         "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "π": r"\pi ", "√": r"\sqrt ",
         "∞": r"\infty ", "°": r"^\circ ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ",
-        "∈": r"\in ", "±": r"\pm ", "²": "^2", "³": "^3", "½": r"\frac{1}{2}", "⟨": r"\langle ", "⟩": r"\rangle ",
+        "∈": r"\in ", "±": r"\pm ", "½": r"\frac{1}{2}", "⟨": r"\langle ", "⟩": r"\rangle ",
         "≈": r"\approx ", "，": ",", "（": "(", "）": ")", "θ": r"\theta ", "∅": r"\emptyset ", "µ": "μ", "\u00a0": " ",
         "\u202f": " ", "\u2009": " ",
     }
 )  # fmt: skip
+_SCRIPTS = (  # runs of raised or lowered characters, how they are written in LaTeX
+    (re.compile("[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+|[⁺⁻]"), "^", str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")),
+    (re.compile("[₀₁₂₃₄₅₆₇₈₉]+"), "_", str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")),
+)
 _TEXT = (
     r"\\(?:text|textbf|textit|textrm|textsf|texttt|textnormal|mathrm|mathbf|mathit|mathsf|mbox|hbox"
-    r"|operatorname|boldsymbol|bm|rm)\*?"
+    r"|ce|operatorname|boldsymbol|bm|rm)\*?"
 )
 _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), replacement)
@@ -65,6 +70,11 @@ _REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\%", "%"),
         (rf"(?<=[\d}}])\s*(?:{_TEXT}\s*\{{\s*per\s?cent\s*\}}|per\s?cent(?![A-Za-z]))", "%"),
         (r"\\#", "#"),
+        (r"\^\s*(?:\{\s*0?\.5\s*\}|0?\.5(?!\d))", "^{1/2}"),
+        (r"\\log\s*_\s*(?:e(?![A-Za-z])|\{\s*e\s*\})", r"\\ln "),
+        (r"(?<![A-Za-z\\])[Pp]i(?![A-Za-z])", r"\\pi "),
+        (r"(?<![A-Za-z\\])(sin|cos|tan|cot|sec|csc|ln|log)(?=\s*[\\(x\d]|\s+[a-z](?![A-Za-z]))", r"\\\1 "),
+        (r"(?<=\d)\s*[xX]\s*(?=10\s*\^)", "*"),
         (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})\s*(?:\\(?:text|mathrm)\s*\{\s*([CF])\s*\}|([CF])\b)", r"\\text{°\1\2}"),
     )
 )
@@ -85,10 +95,12 @@ _UNIT_IN_TEXT = re.compile(
 _NUMBER = r"\d+\.\d*|\.?\d+"
 _GROUPED = rf"[1-9]\d{{0,2}}(?:,\d{{3}})+(?:\.\d+)?|{_NUMBER}"
 _MEASURE = re.compile(
-    rf"(?P<body>[-+]?(?:(?:(?:{_GROUPED})\s*\*\s*)?10\s*\^\s*(?:\{{[^{{}}]*\}}|\d)|(?:{_GROUPED})[eE][-+]?\d+|(?:{_GROUPED})(?:/\d+)?"
+    rf"(?P<body>[-+]?(?:(?:(?:{_GROUPED})\s*\*\s*)?10\s*\^\s*(?:\{{[^{{}}]*\}}|[+-]?\d{{1,3}})|(?:{_GROUPED})[eE][-+]?\d+|(?:{_GROUPED})(?:/\d+)?"
     r"|\d*\s*\\frac\s*\{\d+\}\s*\{\d+\}))(?P<unit>[^\d.,{}+\-=)\]].*)",
     re.DOTALL,
 )
+_GROUP = r"\{((?:[^{}\d]|[\^]-?\d|\{[^{}]*\})*)\}"
+_UNIT_FRACTION = re.compile(rf"\\frac\s*{_GROUP}\s*{_GROUP}")
 _UNIT_CHARACTERS = re.compile(r"[A-Za-zμΩÅ°%/*^() .\d'-]*[A-Za-zμΩÅ°%][A-Za-zμΩÅ°%/*^() .\d'-]*")
 _NOT_UNITS = re.compile(
     r"(?<![A-Za-z])(?:a\.m|p\.m|[ap]m|or|and|not|to|more|less|than|if|for|as|mod|base|sin|cos|tan|log|ln|exp|sqrt|pi"
@@ -122,6 +134,8 @@ _LHS = re.compile(
 
 def clean(text: str) -> str:
     r"""One way of writing for what is written in many; spaces stay where they part words or mixed numbers."""
+    for run, sign, table in _SCRIPTS:
+        text = run.sub(lambda match, sign=sign, table=table: f"{sign}{{{match[0].translate(table)}}}", text)
     text = re.sub(r"\s+", " ", text.translate(_CHARACTERS)).strip()
     while (match := re.fullmatch(r"\\(?:boxed|fbox)\s*\{(.*)\}", text, re.DOTALL)) is not None:
         text = match[1].strip()
@@ -182,6 +196,15 @@ def words(text: str) -> str:
     return " ".join(re.findall(r"[^\W_]+", text)).casefold()
 
 
+def has_words(text: str) -> bool:
+    """Whether plain text has words in it, which a parser of formulas takes for products, "east" for "seat"."""
+    names = re.findall(
+        r"[A-Za-z]{3,}",
+        re.sub(r"\\[A-Za-z]+|(?:sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|max|min|gcd|lcm)", " ", text),
+    )
+    return any(len(name) > 3 or set(name.lower()) & set("eiou") for name in names)
+
+
 def split_unit(text: str) -> tuple[str, str]:
     r"""(what is measured, unit or "") of cleaned text: "5 \text{ cm}^2" -> ("5", "cm^2"), "2 dozen" -> ("24", "").
 
@@ -194,6 +217,7 @@ def split_unit(text: str) -> tuple[str, str]:
         return (text, "") if body == value.strip() else (f"{name}={body}", unit)
     if (match := _MEASURE.fullmatch(text)) is not None:
         body, raw = match["body"].strip(), re.sub(r"\^\s*\{\s*(-?\d+)\s*\}", r"^\1", match["unit"])
+        raw = _UNIT_FRACTION.sub(r"(\1)/(\2)", raw)
         raw = re.sub(r"\\mu(?![A-Za-z])\s*", "μ", re.sub(r"\\Omega(?![A-Za-z])", "Ω", raw)).replace(r"\AA", "Å")
         unit = re.sub(r"\\rm(?![A-Za-z])|[{}]", "", re.sub(_TEXT + r"\s*\{([^{}]*)\}", r" \1", raw))
         unit = re.sub(r"μ\s+", "μ", unit).strip(" *.")
@@ -351,14 +375,16 @@ def collection(text: str) -> Collection | None:
     parts = _split(text, r"\\cup(?![A-Za-z])|(?<=[)\]])U(?=[(\[])")
     if len(parts) > 1:
         return Collection("union", tuple(parts))
-    for opening, closing in ((r"\{", r"\}"), ("(", ")"), ("[", "]"), ("(", "]"), ("[", ")")):
+    for opening, closing in ((r"\{", r"\}"), ("{", "}"), ("(", ")"), ("[", "]"), ("(", "]"), ("[", ")")):
         if text.startswith(opening) and text.endswith(closing) and len(text) > len(opening) + len(closing):
             inner = text[len(opening) : -len(closing)]
             if _is_level(inner):
-                if opening == r"\{" and not re.search(r"\\mid|:|\||\\leq|\\geq|<|>", inner):
-                    return Collection("set", tuple(_split(inner, ",|;")))
                 items = _split(inner, ",|;")
-                if opening != r"\{" and len(items) > 1:
+                if opening == r"\{" and not re.search(r"\\mid|:|\||\\leq|\\geq|<|>", inner):
+                    return Collection("set", tuple(items))
+                if opening == "{" and len(items) > 1:
+                    return Collection("list", tuple(items))
+                if opening not in (r"\{", "{") and len(items) > 1:
                     return Collection(opening + closing, tuple(items))
     if text.count(r"\pm") == 1:
         before, _, after = text.partition(r"\pm")
@@ -366,6 +392,9 @@ def collection(text: str) -> Collection | None:
     return None
 
 
+_LINE = re.compile(r"-?\d*[xyz](?:[-+]\d*[xyz])+=")  # x+y=1, which 1 does not say
+_DESCENDING = re.compile(r"([^<>=\\]+)(>|\\geq)([^<>=\\]+)\2([^<>=\\]+)")
+_INEQUALITY = re.compile(r"[<>]|\\[lg]eq")
 _BRACKET = re.compile(r"\\[A-Za-z]+|\\.|[(\[{)\]}]", re.DOTALL)
 
 
@@ -433,7 +462,7 @@ def _in_radians(degrees: str) -> str:
 
 
 def _same_plain(gold: str, answer: str, leaf: Leaf, depth: int) -> bool:
-    gold, answer = (_SET_BUILDER.sub(r"\2", text) for text in (gold, answer))
+    gold, answer = (_ascending(_SET_BUILDER.sub(r"\2", text)) for text in (gold, answer))
     if not gold or not answer:
         return False
     if gold == answer:
@@ -444,6 +473,8 @@ def _same_plain(gold: str, answer: str, leaf: Leaf, depth: int) -> bool:
     gold_based, answer_based = _BASED.match(gold), _BASED.match(answer)
     if gold_based or answer_based:  # the answer may leave out the gold's base, but must not name another one
         return gold_based is not None and gold_based[1] == answer
+    if _is_time(gold):
+        return False
     if max(gold.count(":"), answer.count(":")) > 1:
         return _same_ratio(gold, answer, leaf, depth)
     if _letter(gold) and _letter(gold) == _letter(answer):
@@ -473,11 +504,28 @@ def _same_plain(gold: str, answer: str, leaf: Leaf, depth: int) -> bool:
         return False  # candidates
     if gold_list is None and answer_list is None and "=" in answer:
         return _same_equation(gold, answer, leaf, depth)
+    if "=" not in answer and _LINE.match(gold):
+        return False
     if (match := _LHS.match(gold)) and "=" not in match[2] and depth < 3:
         return _same_plain(match[2], answer, leaf, depth + 1)
-    if any(re.fullmatch(r"[A-Z]{2,}", text) for text in (gold, answer)):
-        return gold.casefold() == answer.casefold()  # to algebra HT and TH are one product
+    if any(re.fullmatch(r"[A-Z]{2,}|no|on", text) for text in (gold, answer)):
+        is_word = has_words(gold) or gold.casefold() == "no"  # to algebra HT and TH, no and on are one product
+        return is_word and gold.casefold() == answer.casefold()
     return leaf(gold, answer)
+
+
+def _ascending(text: str) -> str:
+    """2<x<5 for 5>x>2."""
+    if (match := _DESCENDING.fullmatch(text)) is None:
+        return text
+    sign = "<" if match[2] == ">" else r"\leq"
+    return f"{match[4]}{sign}{match[3]}{sign}{match[1]}"
+
+
+def _is_time(text: str) -> bool:
+    """Whether a:b is 12:30 or 3:05 rather than a ratio, which would be in lowest terms."""
+    match = re.fullmatch(r"(\d{1,2}):([0-5]\d)", text)
+    return match is not None and (match[2][0] == "0" or gcd(int(match[1]), int(match[2])) != 1)
 
 
 def _same_ratio(gold: str, answer: str, leaf: Leaf, depth: int) -> bool:
@@ -518,8 +566,13 @@ def _same_equation(gold: str, answer: str, leaf: Leaf, depth: int) -> bool:
     """x = 4/2 = 2 says 2; so does 2 = 4/2; but 3 = 2 and x = 3 = 2 do not: every side with a value must be the gold."""
     if "=" in gold:
         left, right = _LHS.match(gold), _LHS.match(answer)
+        if left and answer == f"{left[2]}={left[1]}":
+            return True
         if left and right and "=" not in left[2] and "=" not in right[2]:
             return left[1] == right[1] and depth < 3 and _same_plain(left[2], right[2], leaf, depth + 1)
+        if left and number(left[2]):  # x - 3 = 0 is an equation for x = 3, not its solution
+            value, _, name = answer.partition("=")
+            return name == left[1] and depth < 3 and _same_plain(left[2], value, leaf, depth + 1)
         return leaf(gold, answer)
     sides = answer.split("=")
     if not all(sides) or depth >= 3 or len(sides) > 5:
@@ -538,7 +591,9 @@ def _same_items(gold: Collection, answer: Collection, leaf: Leaf, depth: int) ->
             return False
         return all(_same_plain(a, b, leaf, depth + 1) for a, b in zip(gold.items, answer.items, strict=True))
     if "union" in (gold.kind, answer.kind) and gold.kind != answer.kind:
-        return False
+        listed = answer if gold.kind == "union" else gold
+        if listed.kind != "list" or not all(_INEQUALITY.search(item) for item in listed.items):
+            return False  # x<2 or x>3 is a union
     left = list(answer.items)
     for item in gold.items:
         found = next((i for i, other in enumerate(left) if _same_plain(item, other, leaf, depth + 1)), None)

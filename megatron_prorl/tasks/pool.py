@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
+from megatron_prorl import heartbeat
 from megatron_prorl.config.schema import TasksConfig, VerifierConfig
 from megatron_prorl.tasks import VerifierError, code, prepare, verify
 from megatron_prorl.tasks.child import Child, ChildDied, ChildError
@@ -56,7 +57,8 @@ class VerifierPool:
         jobs = [_Job(problem, texts[i : i + stride], Future()) for i in range(0, len(texts), stride)]
         for job in jobs:
             self._jobs.put(job)
-        parts = await asyncio.gather(*(asyncio.wrap_future(job.verdicts) for job in jobs))
+        with heartbeat.waiting("verifier", problem.domain, f"{len(texts)} responses to {problem.id}"):
+            parts = await asyncio.gather(*(asyncio.wrap_future(job.verdicts) for job in jobs))
         return [verdict for part in parts for verdict in part]
 
     def close(self) -> None:
@@ -119,6 +121,7 @@ class _Worker(threading.Thread):
             try:
                 while len(verdicts) < len(job.texts):
                     verdicts.append(Verdict(**child.receive(self._timeout_seconds)))
+                    heartbeat.beat()
             except TimeoutError:
                 verdicts.append(Verdict(score=0.0, reason="timed out"))
                 self._replace_child()

@@ -37,7 +37,7 @@ STATEMENT = re.compile(
 )
 _CHEMICAL = re.compile(r"(?=.*(?:\d|[A-Z].*[A-Z]))(?:\(?[A-Z][a-z]?\d*(?:\)\d*)?)+(?:\d?[+-])?")  # NaCl, Ca(OH)2, SO42-
 _LETTER = re.compile(
-    r"(?i:(?:final\s+|correct\s+)?(?:answer|option|choice)\b\s*(?:is)?\s*:?\s*)?\(?\s*(?P<letter>[A-Za-z])\s*(?:$|[).:]|,$|-\s)\)?\s*(?P<text>.*)",
+    r"(?i:(?:final\s+|correct\s+)?(?:answer|option|choice)\b\s*(?:is)?\s*:?\s*)?\(?\s*(?P<letter>[A-Za-z])\s*(?:$|[).:]|,$|-\s|(?=\())\)?\s*(?P<text>.*)",
     re.DOTALL,
 )
 _SEVERAL = re.compile(r"(?:\(?\b[A-Z]\b[).:]*\s*(?:[,;/&+]|\bor\b|\band\b)\s*)+(?:or\s+|and\s+)?\(?\b[A-Z]\b(?![a-z'])")
@@ -111,8 +111,8 @@ def _chosen(answer: str, choices: dict[str, str]) -> str | None:
     match = _LETTER.fullmatch(_unwrapped(answer))
     if match is None or (letter := match["letter"].upper()) not in choices:
         return None
-    text = normalise.plain(match["text"])
-    return letter if not text or text == normalise.plain(choices[letter]) else None
+    text, choice = normalise.plain(match["text"]), normalise.plain(choices[letter])
+    return letter if text in ("", choice, f"({choice})") else None
 
 
 def _unwrapped(answer: str) -> str:
@@ -132,7 +132,7 @@ def quantity(text: str) -> Quantity | None:
     r"""A number with or without a unit ("9.8 \mathrm{m/s^2}", "v = 3 \times 10^8 m/s", "20\%"); None if it is none."""
     if math_task.is_excessive(text):
         return None
-    cleaned = re.sub(r"^[^=]*=\s*(?=\S)", "", normalise.clean(text)) if text.count("=") <= 1 else ""
+    cleaned = re.sub(r"^[^=]*=\s*(?=\S)|^pH\s+", "", normalise.clean(text)) if text.count("=") <= 1 else ""
     body, unit_text = normalise.split_loosely(cleaned)
     unit_text = unit_text or normalise.currency(text)
     plain = normalise.plain(body)
@@ -155,8 +155,8 @@ def is_equal(gold: str, answer: str) -> bool:
         return _is_close(one, other)
     if max(len(gold), len(answer)) <= math_task.MAX_CHARACTERS:
         formulas = [_formula_text(text) for text in (gold, answer)]
-        if re.fullmatch("[A-Z][a-z]", formulas[0]):  # an element, or a word as short
-            return formulas[0].casefold() == formulas[1].casefold()
+        if re.fullmatch("[A-Z][a-z]", formulas[0]):  # an element, or a word as short; CO is neither Co nor "co"
+            return formulas[1] in (formulas[0], formulas[0].lower())
         if any(_CHEMICAL.fullmatch(text) for text in formulas):  # to algebra CO and Co, H2O and HO2 are products
             return formulas[0] == formulas[1]
     return math_task.is_equal(gold, answer) or _same_words(gold, answer)
@@ -210,7 +210,7 @@ def _same_words(gold: str, answer: str) -> bool:
         return True
     if any(re.search(r"\w[A-Z]", text) and " " not in text.strip() for text in (gold, answer)):
         return False
-    if re.search(r"[-+=<>^/*]", one + other) or not math_task.has_words(gold):
+    if re.search(r"[-+=<>^/*]", one + other) or not normalise.has_words(gold):
         return False  # a formula: signs and brackets carry meaning
     without_article = [re.sub(r"^(?:the|an|a) ", "", normalise.words(text)) for text in (gold, answer)]
     return without_article[0] == without_article[1] != ""

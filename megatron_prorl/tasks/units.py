@@ -54,6 +54,8 @@ _PREFIXED: tuple[tuple[str, float, Dimension], ...] = (
     ("eV electronvolt", 1.602176634e-19, _ENERGY),
     ("cal calorie", 4.184, _ENERGY),
     ("Wh", 3600, _ENERGY),
+    ("Nm", 1, _ENERGY),
+    ("Ah", 3600, _dimension(A=1, s=1)),
     ("W watt", 1, _dimension(kg=1, m=2, s=-3)),
     ("C coulomb", 1, _dimension(A=1, s=1)),
     ("V volt", 1, _dimension(kg=1, m=2, s=-3, A=-1)),
@@ -97,6 +99,8 @@ _PLAIN: tuple[tuple[str, float, Dimension], ...] = (
     ("ha hectare", 1e4, _dimension(m=2)),
     ("rpm", 1 / 60, _dimension(s=-1)),
     ("mph", 0.44704, _dimension(m=1, s=-1)),
+    ("kph kmh", 1 / 3.6, _dimension(m=1, s=-1)),
+    ("cc", 1e-6, _dimension(m=3)),
     ("deg degree °", 3.141592653589793 / 180, _dimension(rad=1)),
     ("% percent pct", 0.01, _NONE),
     ("ppm", 1e-6, _NONE),
@@ -140,33 +144,47 @@ def _table() -> dict[str, Unit]:
 
 UNITS = _table()
 _TOKEN = re.compile(r"\s*(?:(?P<name>[A-Za-zμΩÅ°%]+)|(?P<op>[*/()]|\bper\b)|(?P<one>1(?=/)))")
-_EXPONENT = re.compile(r"\s*\^\s*\(?\s*(-?\d{1,2})\s*\)?|(?<=[A-Za-z])(-?[1-9])(?![\d.])")
+_EXPONENT = re.compile(r"\s*\^\s*(?:\(\s*(-?\d{1,2})\s*\)|(-?\d{1,2}))|(?<=[A-Za-z])(-?[1-9])(?![\d.])")
 
 
 def parse_unit(text: str) -> Unit | None:
     """The unit that plain `text` names ("kg*m/s^2", "J/(mol K)", "meters per second"), None if it is not known.
 
-    Everything after a slash up to the next one divides only its next factor, as in "J/mol*K" read by a computer; text
-    in parentheses belongs together.
+    All that follows a slash divides, as chemists read "J/mol K" and "W/m^2*K", save what has a negative exponent of its
+    own, "J/mol K^-1"; text in parentheses belongs together. ms^-1 is m s^-1, and °C in a product is K.
     """
     text = re.sub(r"\bper\b", "/", text.strip()).replace("·", "*").replace("µ", "μ")
+    text = re.sub(r"(?<![A-Za-zμ])([kcm]?m)s(?=\s*\^?\s*[({]?\s*-)", r"\1 s", text)
     text = re.sub(r"\b(?:square|sq\.?)\s+(\w+)", r"\1^2", text)
     text = re.sub(r"\bcubic\s+(\w+)", r"\1^3", text)
     text = re.sub(r"([A-Za-z]+) squared\b", r"\1^2", re.sub(r"([A-Za-z]+) cubed\b", r"\1^3", text))
     if not text or len(text) > 100:
         return None
     unit, position = _product(text, 0, 0)
-    return unit if unit and not text[position:].strip() else None
+    return _with_kelvins(unit) if unit and not text[position:].strip() else None
+
+
+def _with_kelvins(unit: Unit) -> Unit:
+    """Differences of temperature as those of kelvin: all but a temperature itself."""
+    exponents = dict(zip(BASE, unit.dimension, strict=True))
+    if unit.dimension in (UNITS["degC"].dimension, UNITS["degF"].dimension):
+        return unit
+    celsius, fahrenheit = exponents.pop("degC"), exponents.pop("degF")
+    exponents["K"] += celsius + fahrenheit
+    dimension = tuple(exponents.get(name, Fraction(0)) for name in BASE)
+    return Unit(unit.factor * (5 / 9) ** float(fahrenheit), dimension)
 
 
 def _product(text: str, position: int, depth: int) -> tuple[Unit | None, int]:
     factor, dimension, sign, any_name = 1.0, _NONE, 1, False
+    is_new = False  # whether a slash stands right before
     while match := _TOKEN.match(text, position):
         if match["op"] == ")":
             break
         position = match.end()
         if match["op"] in ("*", "/"):
-            sign = -1 if match["op"] == "/" else 1
+            is_new = match["op"] == "/"
+            sign = -1 if is_new else sign
             continue
         if match["one"]:
             any_name = True
@@ -180,11 +198,13 @@ def _product(text: str, position: int, depth: int) -> tuple[Unit | None, int]:
             inner = UNITS.get(match["name"]) or UNITS.get(match["name"].lower() if len(match["name"]) > 3 else "")
         if inner is None:
             return None, position
-        exponent = sign
+        exponent = 1
         if power := _EXPONENT.match(text, position):
-            exponent *= int(power[1] or power[2])
+            exponent = int(power[1] or power[2] or power[3])
             position = power.end()
+        if is_new or exponent > 0:
+            exponent *= sign
         factor *= inner.factor**exponent
         dimension = tuple(a + exponent * b for a, b in zip(dimension, inner.dimension, strict=True))
-        sign, any_name = 1, True
+        is_new, any_name = False, True
     return (Unit(factor, dimension) if any_name else None), position

@@ -131,12 +131,12 @@ CASES: list[Case] = [
     (
         num("detectable_content:postscript", postscript_marker="P.S."),  # reference
         ["Done.\n\nP.S. I hope so.", "The end. (no new line) P.S. I hope so!", "Done.\nP. S. With spaces."],
-        ["Done.", "PS I hope so.", "P.S I hope so"],
+        ["Done.", "PS I hope so.", "P.S I hope so", "Done.\n\nP.S.", "P.S. ..."],
     ),
     (
         num("detectable_content:postscript", postscript_marker="P.P.S"),  # reference
         ["Done.\n\nP.P.S. I am happy.", "it is one.\np.p.s what if all is lower case?", "P. P. S. Spaces."],
-        ["Done. P.S. No."],
+        ["Done. P.S. No.", "P.P.S."],
     ),
     (num("detectable_content:postscript", postscript_marker="PS:"), ["Done. ps: yes"], ["P.S. No"]),  # reference
     (
@@ -176,7 +176,7 @@ CASES: list[Case] = [
     (
         num("detectable_format:constrained_response"),  # reference
         ["\n My answer is no.\n", "My answer is no.   ", "My answer is maybe. I am still learning."],
-        ["No.", "My answer is no", "my answer is yes."],
+        ["No.", "My answer is no", "my answer is yes.", "My answer is yes. My answer is no. My answer is maybe."],
     ),
     (
         num("detectable_format:number_highlighted_sections", num_highlights=2),  # reference
@@ -190,19 +190,23 @@ CASES: list[Case] = [
     ),
     (
         num("detectable_format:multiple_sections", section_spliter="Section", num_sections=2),  # reference
-        ["Section 1\n[content]\nSection 2\n[content]", "Section 1 Section2 Section 3"],
-        ["Section 1\nonly", "SECTION 1\nSECTION 2", "Section one Section two"],
+        ["Section 1\n[content]\nSection 2\n[content]", "Section 1 a Section2 b Section 3"],
+        ["Section 1\nonly", "SECTION 1\nSECTION 2", "Section one Section two", "Section 1 Section 2 Section 3 text"],
     ),
-    (num("detectable_format:multiple_sections", section_spliter="SECTION", num_sections=1), ["SECTION 1"], ["Section"]),
+    (
+        num("detectable_format:multiple_sections", section_spliter="SECTION", num_sections=1),
+        ["SECTION 1: x"],
+        ["Section 1: x", "SECTION 1"],
+    ),
     (
         num("detectable_format:json_format"),
         ['{"a": [1, 2]}', '```json\n{"a": 1}\n```', '```\n[1]\n```', '```JSON\n{"a": null}```'],
-        ["{'a': 1}", 'Here: {"a": 1}', '{"a": 1', '```json\n{"a": 1}\n```\nDone.'],
+        ["{'a': 1}", 'Here: {"a": 1}', '{"a": 1', '```json\n{"a": 1}\n```\nDone.', "{}", "[]", "5", '"text"', "null"],
     ),
     (
         num("combination:repeat_prompt", prompt_to_repeat="Write a CL description."),  # reference
         ["Write a CL description. Hi, please check this.", "  write a cl description.\nSure."],
-        ["Hi. Write a CL description. Thanks.", "Write a CL."],
+        ["Hi. Write a CL description. Ok.", "Write a CL.", "Write a CL description.", "Write a CL description. ..."],
     ),
     (
         num("combination:two_responses"),  # reference
@@ -233,8 +237,8 @@ CASES: list[Case] = [
     ),
     (
         num("startend:quotation"),  # reference
-        ['"This entire message is wrapped."', '  "a"\n', '""'],
-        ['"This is wrapped." But not everything.', '"', "'a'", "“a”"],
+        ['"This entire message is wrapped."', '  "a"\n'],
+        ['"This is wrapped." But not everything.', '"', "'a'", "“a”", '""', '" "'],
     ),
     (
         num("punctuation:no_comma"),  # reference
