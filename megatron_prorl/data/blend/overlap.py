@@ -4,9 +4,9 @@ Decontamination is Qwen2.5-Math's (arXiv:2409.12122, section 4): a question goes
 of an evaluation set and their longest common subsequence of words is more than 0.6. Of what, the paper leaves open:
 here of the shorter question, beside the stretch of the longer one that it lies along. Words in a row that more than 10
 evaluation questions have are boilerplate ("The first line contains a single integer t, the number of test cases") and
-do not count, as in GPT-3 (arXiv:2005.14165, appendix C). An evaluation question of 3 to 12 words is looked for word by
-word anywhere in the other, as DeepSeekMath matches texts shorter than its 10-grams exactly if they have at least 3
-(arXiv:2402.03300); one of 1 or 2 words has to be the whole of the other.
+do not count, as in GPT-3 (arXiv:2005.14165, appendix C), which also says how short an n-gram may get: 8 words. An
+evaluation question of 8 to 12 words is looked for word by word anywhere in the other; a shorter one, such as "Solve for
+x", has to be the whole of the other.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 NGRAM = 13
 LEAST_COMMON_RATIO = 0.6
 BOILERPLATE_QUESTIONS = 10
-SHORTEST = 3  # words of an evaluation question that is looked for inside others
+SHORTEST = 8  # words of an evaluation question that is looked for inside others
 MAX_NESTED_FRACTIONS = 8
 
 _LAYOUT = re.compile(

@@ -111,25 +111,36 @@ def test_latex_layout_hides_no_copy(copy: str) -> None:
     [
         ("What is 2 + 2?", "what is $2+2$", True),
         ("What is 2 + 2?", "What is 2 + 3?", False),
-        ("What is 2 + 2?", "What is 2 + 2? Answer in binary and explain every step of your work in full.", True),
-        (r"Compute $\sin 60^\circ$.", r"Compute $\sin 60^{\circ}$. Put the answer in simplest form.", True),
-        (r"Compute $\sin 60^\circ$.", r"Put the answer in simplest form. Compute \(\sin 60^\circ\).", True),
-        (r"Compute $\sin 60^\circ$.", r"Compute $\sin 30^\circ$. Put the answer in simplest form.", False),
+        ("What is 2 + 2?", "What is 2 + 2? Answer in binary and explain every step of your work in full.", False),
+        ("Solve for x.", "Solve for x: 3x = 9.", False),
+        ("Solve for x.", "SOLVE for $x$", True),
+        (r"Compute $\sin 60^\circ$.", r"Compute \(\sin 60^{\circ}\)", True),
+        ("Find one two three four five six.", "Find one two three four five six. Explain.", False),
+        ("Find one two three four five six seven.", "Find one two three four five six seven. Explain.", True),
+        ("Find one two three four five six seven.", "Explain. Find: one two three, four five six seven!", True),
+        ("Find one two three four five six seven.", "Find one two three four five six eight. Explain.", False),
         (r"Find the sum of $\frac{1}{n}$ over all n.", "Find the sum of 1/n over all n. Prove nothing.", True),
         ("Find x.", "find $x$", True),
         ("Find x.", "Find x and y.", False),
         ("What is 2 + 2?", "?!", False),
     ],
 )
-def test_a_short_question_is_found_whole_inside_another_if_it_has_three_words(
+def test_a_short_question_is_found_whole_inside_another_if_it_has_eight_words(
     short: str, longer: str, hit: bool
 ) -> None:
     assert found(index(math=short), longer) == (["math"] if hit else [])
 
 
 def test_a_short_question_that_many_sets_ask_is_no_boilerplate() -> None:
-    questions = index(**{f"set{i}": "What is 2 + 2?" for i in range(BOILERPLATE_QUESTIONS + 1)})
-    assert len(found(questions, "What is 2 + 2? Explain.")) == BOILERPLATE_QUESTIONS + 1
+    short = "What is the sum 2 + 2 in base 3?"
+    questions = index(**{f"set{i}": short for i in range(BOILERPLATE_QUESTIONS + 1)})
+    assert len(found(questions, f"{short} Explain.")) == BOILERPLATE_QUESTIONS + 1
+
+
+def test_a_short_evaluation_question_removes_no_rows_that_begin_like_it() -> None:
+    questions = index(math="Solve for x.", code="Find the sum.")
+    rows = [f"Solve for x: {a} x + {b} = 0. Find the sum of its digits." for a in range(40) for b in range(40)]
+    assert [row for row in rows if questions.hits(row)] == []
 
 
 def test_boilerplate_of_many_questions_does_not_count_until_something_else_is_shared() -> None:
