@@ -23,32 +23,42 @@ def watch():
     ending.wait_told(60)
     Path(sys.argv[2]).write_text(ending.how())
 
+def until(release):
+    sys.stdin.read()
+    release()
+
 threading.Thread(target=watch, daemon=True).start()
 print("listening", flush=True)
 if sys.argv[1] == "in C":  # which no signal interrupts, as in a collective
     import ctypes
     libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
     libc.pthread_mutex_lock(mutex)
-    threading.Timer(6, libc.pthread_mutex_unlock, [mutex]).start()
+    threading.Thread(target=until, args=(lambda: libc.pthread_mutex_unlock(mutex),), daemon=True).start()
     libc.pthread_mutex_lock(mutex)
 else:
-    time.sleep(6)
+    over = threading.Event()
+    threading.Thread(target=until, args=(over.set,), daemon=True).start()
+    while not over.is_set():
+        time.sleep(0.05)
 print("at its end", flush=True)
 """
 
 
 class Listener:
-    """A process that listens, then lasts for 6 s; `told` is what it took note of."""
+    """A process that listens, and lasts until `end`; `told` is what it took note of."""
 
     def __init__(self, folder: Path, where: str) -> None:
         self._file = folder / "told"
         self.process = subprocess.Popen(
-            [sys.executable, "-c", PROCESS, where, str(self._file)], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", PROCESS, where, str(self._file)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         assert self.process.stdout and self.process.stdout.readline() == "listening\n"
 
     def told(self) -> str:
-        deadline = time.monotonic() + 3
+        deadline = time.monotonic() + 30
         while not self._file.exists() or not self._file.read_text():
             assert time.monotonic() < deadline, "not noted"
             time.sleep(0.02)
@@ -81,6 +91,7 @@ def test_another_sigterm_later_ends_the_process_at_once(tmp_path: Path) -> None:
     listener.told()
     time.sleep(2.1)
     listener.process.send_signal(signal.SIGTERM)
+    assert listener.process.wait(timeout=30) == 128 + signal.SIGTERM
     assert listener.end() == (128 + signal.SIGTERM, "")
 
 
