@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "advance": _ask,
             "status": _status,
             "runs": _runs,
+            "report": _report,
             "branch": _branch,
             "delete": _delete,
             "convert": _convert,
@@ -92,6 +93,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     directions = convert.add_subparsers(dest="direction", required=True, metavar="DIRECTION")
     for direction, source, target in (
         ("hf-to-megatron", "HF_DIR", "MEGATRON_DIR"),
+    report = commands.add_parser("report", help="runs and evaluations as one HTML page, with figures and tables")
+    report.add_argument("folders", nargs="+", metavar="FOLDER", help="run_dir of a run, or --out of an evaluation")
+    report.add_argument("--out", metavar="DIR", help="folder to write to; default: report in the first FOLDER")
+    report.add_argument(
+        "--corpus", action="append", default=[], metavar="FILE", help="text that responses are compared with word by word"
+    )
         ("megatron-to-hf", "MEGATRON_DIR", "HF_DIR"),
     ):
         one_way = directions.add_parser(direction, help=f"{source} to {target}")
@@ -267,6 +274,13 @@ def _delete(args: argparse.Namespace) -> int:
 
     print(delete(args.run_dir))
     return 0
+def _report(args: argparse.Namespace) -> int:
+    from megatron_prorl.report.report import report
+
+    print(report(args.folders, args.out, args.corpus))
+    return 0
+
+
 
 
 def _convert(args: argparse.Namespace) -> int:

@@ -47,13 +47,13 @@ def curves(run_dirs: str | Path | Sequence[str | Path], out: str | Path, labels:
         if not rows:
             raise UserError(f"{folder}: no metrics there; give the run_dir of a run that has made a step")
 
-    figure = Figure(figsize=(9.6, 5.6), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
+    figure = Figure(figsize=(9.6, 5.8), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
     FigureCanvasAgg(figure)
     reward, entropy, kl, length = figure.subplots(2, 2, sharex=True).flat
     several = len(runs) > 1
     for rows, label, colour in zip(runs, labels, cycle(COLOURS)):
         _curve(reward, rows, "reward/mean", colour, label if several else "training, mean of a step")
-        held_out = _points(rows, "validation/reward")
+        held_out = points(rows, "validation/reward")
         reward.plot(*held_out, color=colour if several else COLOURS[1], marker="o", markersize=4, linewidth=1.2,
                     linestyle="--" if several else "-", label=None if several else "held-out problems")  # fmt: skip
         _curve(entropy, rows, "policy/entropy", colour)
@@ -70,7 +70,7 @@ def curves(run_dirs: str | Path | Sequence[str | Path], out: str | Path, labels:
                     zorder=0,
                 )
 
-        for step, stage in _stages(rows):
+        for step, stage in stages(rows):
             for axes in (reward, entropy, kl, length):
                 axes.axvline(step, color=colour if several else GREY, linewidth=0.9, alpha=0.35, zorder=0)
             if not several:
@@ -89,20 +89,22 @@ def curves(run_dirs: str | Path | Sequence[str | Path], out: str | Path, labels:
     _truncation(length, runs, several)
     if any(row.get("reset/happened") == 1.0 for rows in runs for row in rows):
         reward.plot([], [], color=GREY, linestyle=(0, (4, 3)), linewidth=0.9, label="reset")
-    if any(_stages(rows) for rows in runs):
+    if any(stages(rows) for rows in runs):
         reward.plot([], [], color=GREY, alpha=0.5, linewidth=0.9, label="stage begins")
     if several:
         reward.plot(
             [], [], color=GREY, linestyle="--", marker="o", markersize=4, linewidth=1.2, label="held-out problems"
         )
-    reward.legend(fontsize=8.5, loc="best", framealpha=0.9, edgecolor="none")
+    # Above the panels, where it covers no point.
+    handles, names = reward.get_legend_handles_labels()
+    figure.legend(handles, names, fontsize=8.5, loc="outside upper left", ncols=min(6, len(names)), frameon=False)
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out)
     return out
 
 
-def _stages(rows: Rows) -> list[tuple[float, int]]:
+def stages(rows: Rows) -> list[tuple[float, int]]:
     """Step at which each stage of a plan began, and its number from 1."""
     numbered = [(row["step"], int(row["stage"]) + 1) for row in rows if "stage" in row]
     last = numbered[-1][0] if numbered else 0
@@ -110,7 +112,7 @@ def _stages(rows: Rows) -> list[tuple[float, int]]:
     return [now for before, now in pairwise([(0, 0), *numbered]) if now[1] != before[1] and now[0] < last]
 
 
-def _points(rows: Rows, key: str) -> tuple[list[float], list[float]]:
+def points(rows: Rows, key: str) -> tuple[list[float], list[float]]:
     """Steps and values of the rows that have a finite value for `key`."""
     found = [(row["step"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
     return [step for step, _ in found], [value for _, value in found]
@@ -118,7 +120,7 @@ def _points(rows: Rows, key: str) -> tuple[list[float], list[float]]:
 
 def _curve(axes: Axes, rows: Rows, key: str, colour: str, label: str | None = None, *, smooth: bool = True) -> None:
     """The values, and over many of them a running mean that the eye can follow."""
-    steps, values = _points(rows, key)
+    steps, values = points(rows, key)
     window = len(values) // 50
     if window < 2 or not smooth:
         axes.plot(steps, values, color=colour, linewidth=1.6, label=label)
@@ -132,7 +134,7 @@ def _curve(axes: Axes, rows: Rows, key: str, colour: str, label: str | None = No
 
 def _truncation(length: Axes, runs: list[Rows], several: bool) -> None:
     """The share of truncated responses on the length panel's right-hand axis, if any was truncated."""
-    fractions = [_points(rows, "rollout/truncated_fraction") for rows in runs]
+    fractions = [points(rows, "rollout/truncated_fraction") for rows in runs]
     if not any(max(values, default=0.0) > 0.0 for _, values in fractions):
         return
     right = length.twinx()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_prorl.errors import UserError
-from megatron_prorl.tracking.plots import _stages, curves
+from megatron_prorl.tracking.plots import curves, stages
 
 
 def make_run(folder: Path, rows: list[dict[str, float | None]]) -> Path:
@@ -53,7 +53,7 @@ def test_a_folder_without_metrics_is_named(tmp_path: Path) -> None:
 
 
 def test_stages_are_marked_where_they_begin(tmp_path: Path) -> None:
-    stages = [0, 0, 1, 1, 2, 3]  # that which begins, at an end; the last ends with the run
-    rows = [{"step": step, "reward/mean": 0.5, "stage": stage} for step, stage in enumerate(stages)]
-    assert _stages(rows) == [(0, 1), (2, 2), (4, 3)]
+    numbers = [0, 0, 1, 1, 2, 3]  # that which begins, at an end; the last ends with the run
+    rows = [{"step": step, "reward/mean": 0.5, "stage": stage} for step, stage in enumerate(numbers)]
+    assert stages(rows) == [(0, 1), (2, 2), (4, 3)]
     assert "stage begins" in curves(make_run(tmp_path / "run", rows), tmp_path / "curves.svg").read_text()
