@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,6 +78,21 @@ def _read(span: Span, buffer: memoryview) -> Iterator[memoryview]:
         os.close(descriptor)
 
 
+# Bits of infinity; NaNs are above. Read as integers, of which the processor finds the largest several times as fast.
+_INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}
+_INTEGERS = {2: (np.int16, np.uint16), 4: (np.int32, np.uint32)}
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether none of the values is NaN or infinite; bfloat16, float16 or float32, contiguous."""
+    if not values.numel():
+        return True
+    signed, unsigned = _INTEGERS[values.itemsize]
+    bits = values.view(-1).view(torch.uint8).numpy()
+    infinity, sign = _INFINITY[values.dtype], 1 << (8 * values.itemsize - 1)
+    return int(bits.view(signed).max()) < infinity and int(bits.view(unsigned).max()) < sign + infinity
+
+
 class FiniteCheck:
     """Warns of every tensor that holds NaN or infinity, once. May be used by several threads."""
 
@@ -86,7 +101,6 @@ class FiniteCheck:
         self._named: set[str] = set()
 
     def check(self, name: str, values: Tensor) -> None:
-        finite = not values.numel() or all(math.isfinite(end.item()) for end in torch.aminmax(values))  # NaN propagates
-        if not finite and name not in self._named:
+        if name not in self._named and not is_finite(values):
             self._named.add(name)
             self._warn("%s holds values that are not finite", name)

@@ -1,240 +1,38 @@
-"""Torch.distributed checkpoints written and read one tensor at a time, by one process, without a model.
+"""Torch.distributed checkpoints read one tensor at a time, by one process, whatever layout wrote them; no model.
 
-The same files as `sharded.py` writes: torch's own planner and reader work here too, on plans that name pieces of global
-tensors instead of holding them. No Megatron here.
+torch's own reader works here on plans that name boxes of global tensors. No Megatron here.
 """
 
 from __future__ import annotations
 
 import io
 import itertools
-import os
 import pickle
-import warnings
-import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import checkpoint as torch_checkpoint
-from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
     StorageMeta,
-    TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import (
-    LoadItemType,
-    LoadPlan,
-    LoadPlanner,
-    ReadItem,
-    SavePlan,
-    SavePlanner,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
-from torch.serialization import get_crc32_options, set_crc32_options, skip_data
 
+from megatron_prorl.checkpoint.pieces import Index
 from megatron_prorl.checkpoint.spans import Span
-from megatron_prorl.checkpoint.threads import Stopped, equal_parts, in_threads
 from megatron_prorl.errors import UserError
-
-NUM_FILES = 2  # written at a time: one thread computes while the other waits for the disk
-
-Index = tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
-    """A box of the global tensor `key`, and how to get its values, of `shape` and `dtype`: as bytes, bit by bit."""
-
-    key: str
-    global_shape: Index
-    offset: Index
-    shape: Index
-    dtype: torch.dtype
-    chunks: Callable[[], Iterable[memoryview]]
-
-    @property
-    def num_bytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Blob:
-    """An object under `key`, stored as torch.save writes it."""
-
-    key: str
-    value: Any
-
-
-def write_pieces(folder: Path, pieces: Sequence[Piece], blobs: Sequence[Blob] = ()) -> dict[str, int]:
-    """Write a checkpoint into the existing `folder`: each piece's values are asked for when its turn comes.
-
-    Several files are written at a time, each by a thread that has one chunk in hand. They are on disk (fsync) when this
-    returns their CRC-32s, by name. Raises OSError if the disk refuses, and what `chunks` raises; the other threads
-    then end with the chunk they have in hand, as they do on Ctrl-C.
-    """
-    writer = _Writer(folder, pieces, blobs)
-    computes_crc32 = get_crc32_options()
-    set_crc32_options(False)  # torch's, of each record; nothing reads it
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is
-            planner = _Planner(pieces, blobs)
-            torch_checkpoint.save({}, storage_writer=writer, planner=planner, no_dist=True)
-    except torch_checkpoint.CheckpointException as error:
-        raise next(iter(error.failures.values()))[0] from None
-    finally:
-        set_crc32_options(computes_crc32)
-    return writer.digests
-
-
-class _Writer(torch_checkpoint.FileSystemWriter):
-    """Values go from chunk to file. torch's own writer wants a tensor of each item, and writes with one thread: with
-    more it loses the errors of all but the first.
-    """
-
-    def __init__(self, folder: Path, pieces: Sequence[Piece], blobs: Sequence[Blob]) -> None:
-        super().__init__(folder)
-        self._pieces = {_index(piece): piece for piece in pieces}
-        self._blobs = {_index(blob): blob for blob in blobs}
-        assert len(self._pieces) == len(pieces), "two pieces at one place"
-        self._stop = Event()
-        self.digests: dict[str, int] = {}
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        prefix = plan.storage_data.prefix
-        parts = equal_parts(plan.items, NUM_FILES, _num_bytes)
-        work = [partial(self._write_file, f"{prefix}{number}.distcp", items) for number, items in enumerate(parts)]
-        written = in_threads(work, self._stop)
-        everything: Future[list[WriteResult]] = Future()
-        everything.set_result([result for results in written for result in results])
-        return everything
-
-    def _write_file(self, name: str, items: Sequence[WriteItem]) -> list[WriteResult]:
-        results = []
-        with _File(Path(self.path) / name) as file, skip_data():
-            for item in items:
-                start = file.tell()
-                if item.index in self._blobs:
-                    content = io.BytesIO()
-                    torch.save(self._blobs[item.index].value, content)
-                    file.write(content.getbuffer())
-                else:
-                    self._save(self._pieces[item.index], file)
-                num_bytes = file.tell() - start
-                results.append(WriteResult(item.index, num_bytes, _StorageInfo(name, start, num_bytes)))
-            os.fsync(file.fileno())
-        self.digests[name] = file.digest
-        return results
-
-    def _save(self, piece: Piece, file: _File) -> None:
-        """What torch.save writes of a tensor, around values that come in chunks."""
-
-        def values() -> Iterator[memoryview]:
-            for chunk in piece.chunks():
-                if self._stop.is_set():
-                    raise Stopped
-                yield chunk
-
-        file.skipped = values()
-        try:
-            torch.save(torch.empty(piece.shape, dtype=piece.dtype), file)  # memory that is never touched is none
-        except RuntimeError as error:  # about a file position, whatever was raised in the middle
-            raise file.failure or error from None
-
-
-class _File(io.FileIO):
-    """Written from beginning to end, with a CRC-32 of what was. Where `skip_data` skips values, `skipped` come."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, "wb")
-        self.digest = 0
-        self.skipped: Iterator[memoryview] | None = None
-        self.failure: BaseException | None = None
-
-    def write(self, content: Any) -> int:
-        """All of it, or OSError: one call of the kernel may write less, as on a disk that gets full."""
-        left = memoryview(content)
-        self.digest = zlib.crc32(left, self.digest)
-        try:
-            while left:
-                left = left[super().write(left) :]
-        except OSError as error:
-            self.failure = error
-            raise
-        return len(content)
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        assert self.skipped is not None and whence == os.SEEK_CUR, "nothing but values is skipped"
-        try:
-            written = sum(self.write(chunk) for chunk in self.skipped)
-        except BaseException as error:
-            self.failure = error
-            raise
-        assert written == offset, (written, offset)
-        self.skipped = None
-        return self.tell()
-
-
-def _index(stored: Piece | Blob) -> MetadataIndex:
-    return MetadataIndex(stored.key, stored.offset if isinstance(stored, Piece) else None)
-
-
-def _num_bytes(item: WriteItem) -> int:
-    data = item.tensor_data
-    return data.chunk.sizes.numel() * data.properties.dtype.itemsize if data else 1
-
-
-class _Planner(SavePlanner):
-    def __init__(self, pieces: Sequence[Piece], blobs: Sequence[Blob]) -> None:
-        self._pieces, self._blobs = pieces, blobs
-
-    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
-        pass
-
-    def create_local_plan(self) -> SavePlan:
-        tensors = [
-            WriteItem(
-                index=_index(piece),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk=ChunkStorageMetadata(offsets=torch.Size(piece.offset), sizes=torch.Size(piece.shape)),
-                    properties=TensorProperties(dtype=piece.dtype),
-                    size=torch.Size(piece.global_shape),
-                ),
-            )
-            for piece in self._pieces
-        ]
-        return SavePlan(
-            [*tensors, *(WriteItem(index=_index(blob), type=WriteItemType.BYTE_IO) for blob in self._blobs)]
-        )
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        return create_default_global_save_plan(all_plans)
-
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        return new_plan
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        raise NotImplementedError  # the writer has it
 
 
 def check_metadata(folder: Path) -> None:

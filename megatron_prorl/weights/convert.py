@@ -19,20 +19,23 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from megatron_prorl.checkpoint import folders
+from megatron_prorl.checkpoint.pieces import Piece, write_pieces
 from megatron_prorl.checkpoint.spans import FiniteCheck, Span, copy_spans, tensor_chunks
-from megatron_prorl.checkpoint.stream import CheckpointReader, Piece, write_pieces
 from megatron_prorl.config.hf import hf_folder, is_megatron_checkpoint, read_hf_config
 from megatron_prorl.errors import UserError
 from megatron_prorl.weights.hf import HfTensors, TensorSpec, check_tensors, copy_small_files, write_tensors
 from megatron_prorl.weights.rows import Run, cut, full_runs, shard_runs
 from megatron_prorl.weights.stored import Parameter, Part, extra_states, numbered, stored_parameters
 from megatron_prorl.weights.tables import HEAD, ModelSizes, Row, hf_shapes
+
+if TYPE_CHECKING:
+    from megatron_prorl.checkpoint.stream import CheckpointReader
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +115,8 @@ class MegatronTensors:
     """
 
     def __init__(self, folder: Path, hf: dict[str, Any], dtype: torch.dtype | None = None) -> None:
+        from megatron_prorl.checkpoint.stream import CheckpointReader  # half a second, which writing one needs not
+
         self._reader = CheckpointReader(folder)
         self._sizes = ModelSizes.of(hf)
         self._runs = _Runs(self._sizes)

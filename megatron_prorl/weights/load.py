@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from megatron_prorl import heartbeat
 from megatron_prorl.checkpoint.sharded import load_model_state, model_state, read_folder
 from megatron_prorl.checkpoint.stream import check_metadata
 from megatron_prorl.config.hf import is_megatron_checkpoint
@@ -48,7 +49,7 @@ def load_hf_weights(chunks: Sequence[torch.nn.Module], hf_dir: str | Path, hf: d
     num_ranks = parallel_state.get_tensor_model_parallel_world_size()
     tensors = HfTensors(hf_dir)
     check_tensors(tensors, hf, rank=rank, num_ranks=num_ranks)
-    for row, parameter in (pair for group in local_rows(chunks, hf) for pair in group):
+    for row, parameter in heartbeat.beating(pair for group in local_rows(chunks, hf) for pair in group):
         shape = row.shard_shape(sizes, num_ranks)
         if parameter.shape != shape:
             raise RuntimeError(

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_prorl.checkpoint.stream import Blob
+from megatron_prorl.checkpoint.pieces import Blob
 from megatron_prorl.config.hf import moe_layers
 from megatron_prorl.weights.tables import GateUp, ModelSizes, Row, VocabularyRows, row_groups
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.distributed import checkpoint as torch_checkpoint
 
 from megatron_prorl.checkpoint.folders import crc32
+from megatron_prorl.checkpoint.pieces import Blob, Piece, write_pieces
 from megatron_prorl.checkpoint.spans import copy_spans, tensor_chunks
-from megatron_prorl.checkpoint.stream import Blob, CheckpointReader, Piece, check_metadata, write_pieces
+from megatron_prorl.checkpoint.stream import CheckpointReader, check_metadata
 from megatron_prorl.errors import UserError
 
 NUM_PIECES = 100

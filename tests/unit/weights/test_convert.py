@@ -23,8 +23,9 @@ from tiny_model import make_tiny_qwen
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from megatron_prorl.checkpoint.pieces import Piece, write_pieces
 from megatron_prorl.checkpoint.spans import tensor_chunks
-from megatron_prorl.checkpoint.stream import CheckpointReader, Piece, write_pieces
+from megatron_prorl.checkpoint.stream import CheckpointReader
 from megatron_prorl.errors import UserError
 from megatron_prorl.weights import convert
 from megatron_prorl.weights.convert import hf_to_megatron, megatron_to_hf
