@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from megatron_prorl import heartbeat
+
 Item = TypeVar("Item")
 
 _TIMEOUT = timedelta(days=2)
@@ -36,6 +38,7 @@ def broadcast(item: Item | None) -> Item:
     box = [item]
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(box, src=0, group=_control)
+    heartbeat.beat()
     return box[0]  # type: ignore[return-value]
 
 
@@ -44,9 +47,11 @@ def gather(item: Item) -> list[Item]:
     items: list[Any] = [item] * dist.get_world_size()
     if len(items) > 1:
         dist.all_gather_object(items, item, group=_control)
+    heartbeat.beat()
     return items
 
 
 def barrier() -> None:
     """Wait for every rank."""
     dist.barrier(group=_control)
+    heartbeat.beat()

@@ -38,7 +38,7 @@ from megatron_prorl.types import Collected, Completion, Event, Group, Problem, R
 RECOMPUTED = ("policy/", "mismatch/", "correction/", "sync/", "time", "reset/", "stage", "step")
 
 
-HARMLESS = ("steps ", "tracking", "rollout.engines", "verifier.workers")  # to what a run computes
+HARMLESS = ("steps ", "stall_seconds", "tracking", "rollout.engines", "verifier.workers")  # to what a run computes
 
 
 def replay_config(recorded: str | Path, out: str | Path) -> Config:

@@ -14,14 +14,16 @@ import socket
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
 
-from megatron_prorl import comm, ending
+from megatron_prorl import comm, ending, heartbeat
 from megatron_prorl.algo.decide import BY_HAND, Decision, best_step, check_score, rollback_steps
 from megatron_prorl.checkpoint import folders
 from megatron_prorl.checkpoint.folders import (
@@ -55,6 +57,7 @@ from megatron_prorl.rollout.client import EngineClient
 from megatron_prorl.rollout.collector import Abandoned, Collector
 from megatron_prorl.rollout.dispatch import NoEngineLeft
 from megatron_prorl.rollout.engine import EngineAddress, EngineSupervisor, check_one_machine, transfer_backend
+from megatron_prorl.stalls import Engine, Watch
 from megatron_prorl.tasks.pool import VerifierPool
 from megatron_prorl.tracking.lineage import LineageWriter, describe_event
 from megatron_prorl.tracking.metrics import MetricsWriter, PhaseTimer
@@ -69,6 +72,7 @@ from megatron_prorl.weights.sync import Weights, WeightSync
 
 MAX_REPEATS = 2  # of one collection that lost every engine
 PREDECESSOR_SECONDS = 1800.0  # in which a job's attempt before, on a node that Slurm has lost, notices that it is alone
+ANSWER_SECONDS = 5.0  # of an engine that is asked whether it lives
 SEEN_SECONDS = 60.0  # until a network file system shows what another node has made
 
 Result = TypeVar("Result")
@@ -133,8 +137,9 @@ class Run:
         self._waits_for_checkpoint = False
         self._run_dir = Path(cfg.run_dir)
         self._rank_zero = _RankZero(cfg, stack) if comm.is_rank_zero() else None
+        self._watch = stack.enter_context(self._watched(cfg))
         self._writer = stack.enter_context(CheckpointWriter(self._run_dir))
-        checkpoint = comm.broadcast(self._rank_zero.checkpoint if self._rank_zero else None)
+        checkpoint = comm.broadcast(self._rank_zero.find_checkpoint() if self._rank_zero else None)
         _check_seen(self._run_dir, checkpoint)
         self.progress = Progress(**read_state(checkpoint)["progress"]) if checkpoint else Progress()
         self._plan = cfg
@@ -145,6 +150,20 @@ class Run:
             self._rank_zero.begin_stage(cfg, self.progress)
             clear_requests(self._run_dir, _marks(self.progress))
         self._start(stack, device, checkpoint)
+
+    def _watched(self, cfg: Config) -> Watch:
+        """The watch over stalls, once the run directory is ours."""
+        attempt = comm.broadcast(time.strftime("%Y%m%d-%H%M%S"))
+        watch = Watch(
+            self._run_dir,
+            rank=comm.rank(),
+            num_ranks=cfg.parallel.world_size,
+            attempt=attempt,
+            limit_seconds=cfg.stall_seconds,
+        )
+        if self._rank_zero:
+            watch.at_end(self._rank_zero.note_stall)
+        return watch
 
     def _start(self, stack: ExitStack, device: Device, checkpoint: Path | None) -> None:
         """Make the policy and what gives it rollouts."""
@@ -175,7 +194,7 @@ class Run:
             backend,
             Weights(
                 metadata=hf_metadata(self.policy.hf, dtype),
-                tensors=lambda: iter_hf_weights(self.policy.chunks, self.policy.hf),
+                tensors=lambda: heartbeat.beating(iter_hf_weights(self.policy.chunks, self.policy.hf)),
             ),
             engines,
             probe=self.policy.probe,
@@ -183,6 +202,7 @@ class Run:
             restart=supervisor.restart if supervisor else lambda indices: [],
         )
         stack.callback(self._sync.close)
+        self._watch.engines = partial(_ask_all, engines)
         if self._rank_zero:
             self._rank_zero.open_collector(self._sync, engines)
 
@@ -193,6 +213,7 @@ class Run:
         if place == 0:
             step = self.progress.step
             supervisor = EngineSupervisor(cfg, cfg.model.path, self._run_dir, node=node, start_step=step)
+            self._watch.at_end(lambda cause: supervisor.kill())
             stack.enter_context(supervisor)
         shares = comm.gather(supervisor.addresses if supervisor else [])
         return supervisor, [address for share in shares for address in share]
@@ -478,6 +499,7 @@ class Run:
                 self._rank_zero.log(self.progress.step, metrics | counts | seconds, collected)
 
     def _phase(self, name: str) -> None:
+        heartbeat.phase(name)
         if self._rank_zero:
             self._rank_zero.display.phase(name)
 
@@ -497,8 +519,16 @@ class _RankZero:
         record_config(cfg)
         prepare_run_dir(self._run_dir)
         keep_model_files(hf_folder(cfg.model.path), self._run_dir / "hf")
-        self.checkpoint = latest_sound_checkpoint(self._run_dir, with_reference=cfg.algorithm.kl.coefficient > 0)
+
+    def find_checkpoint(self) -> Path | None:
+        """Where the run goes on from. Reads all of it, so it may take long."""
+        with_reference = self._cfg.algorithm.kl.coefficient > 0
+        self.checkpoint = latest_sound_checkpoint(self._run_dir, with_reference=with_reference)
         self._start_step = _step_of(self.checkpoint)
+        return self.checkpoint
+
+    def note_stall(self, cause: str) -> None:
+        self._status.end(cause)
 
     def begin_stage(self, cfg: Config, progress: Progress) -> None:
         """Open what depends on the stage, whose configuration `cfg` is, besides what needs the engines."""
@@ -576,6 +606,7 @@ class _RankZero:
         self.display.phase(name, total)
 
     def _on_progress(self, num_done: int, num_wanted: int) -> None:
+        heartbeat.doing(f"group {num_done} of {num_wanted}")
         self.display.advance(num_done - self._num_done)
         self._num_done = num_done
 
@@ -595,6 +626,13 @@ def _warnings_to(display: ProgressDisplay) -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
+
+
+def _ask_all(engines: list[EngineClient]) -> list[Engine]:
+    """Whether each engine works, for the name of a stall."""
+    with ThreadPoolExecutor(max(1, len(engines))) as threads:
+        answers = threads.map(lambda engine: engine.core_answers(timeout_seconds=ANSWER_SECONDS), engines)
+        return [Engine(name=engine.url, answers=answer) for engine, answer in zip(engines, answers, strict=True)]
 
 
 def _check_seen(run_dir: Path, checkpoint: Path | None) -> None:

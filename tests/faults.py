@@ -2,7 +2,7 @@
 
 At the N-th call of POINT, before that call does anything or once it is done, VICTIM gets its signal, or what else its
 name says happens. The pseudo-fault "watch=FOLDER" writes what a reset finds and leaves, reset-1-before.pt and
-reset-1-after.pt, to FOLDER.
+reset-1-after.pt, to FOLDER; "patience=SECONDS" is what a verifier is given to take up a problem.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import itertools
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -41,10 +42,13 @@ VICTIMS = {
     "core": (lambda: children(engine())[0], signal.SIGKILL),  # the process that holds the model
     "frozen": (lambda: children(engine())[0], signal.SIGSTOP),
     "verifier": (lambda: verifier(), signal.SIGKILL),
+    "frozen-verifier": (lambda: verifier(), signal.SIGSTOP),
+    "stopped": (os.getpid, signal.SIGSTOP),
 }
 
 
 ERRORS = {"full": errno.ENOSPC, "broken": errno.EIO}  # raised there
+HANGS = "hangs"  # there, for ever
 CLOCKS = {"tomorrow": 86400.0, "yesterday": -86400.0}  # what the wall clock jumps by
 
 
@@ -56,14 +60,15 @@ def points() -> dict[str, tuple[Any, str]]:
     from megatron_prorl.policy.optimizer import PolicyOptimizer
     from megatron_prorl.policy.policy import Policy
     from megatron_prorl.rollout.client import EngineClient
-    from megatron_prorl.tasks.pool import VerifierPool
+    from megatron_prorl.tasks import pool
     from megatron_prorl.tracking.lineage import LineageWriter
     from megatron_prorl.tracking.metrics import MetricsWriter
 
     return {
         "sync": (EngineClient, "update_weights"),
         "request": (EngineClient, "generate"),
-        "verdict": (VerifierPool, "verify_many"),
+        "verdict": (pool.VerifierPool, "verify_many"),
+        "judge": (pool._Worker, "_verify"),
         "load": (run, "load_checkpoint"),
         "load-reference": (run, "load_reference"),
         "learn": (Policy, "learn"),
@@ -98,6 +103,8 @@ def install(fault: str) -> None:
     def strike() -> None:
         if victim in ERRORS:
             raise OSError(ERRORS[victim], os.strerror(ERRORS[victim]))
+        if victim == HANGS:
+            threading.Event().wait()
         if victim in CLOCKS:
             right = time.time
             time.time = lambda: right() + CLOCKS[victim]
@@ -157,6 +164,10 @@ if __name__ == "__main__":
     for fault in sys.argv[1:start]:
         if fault.startswith("watch="):
             watch_resets(fault.removeprefix("watch="))
+        elif fault.startswith("patience="):
+            from megatron_prorl.tasks import pool
+
+            pool.PREPARE_TIMEOUT_SECONDS = float(fault.removeprefix("patience="))
         else:
             install(fault)
     from megatron_prorl.cli import main

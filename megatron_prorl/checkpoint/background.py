@@ -53,7 +53,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _DistWrapper
 
-from megatron_prorl import comm
+from megatron_prorl import comm, heartbeat
 from megatron_prorl.checkpoint import folders
 from megatron_prorl.errors import UserError
 
@@ -214,7 +214,8 @@ class Writing:
     def _run(self) -> None:
         try:
             with _true_disk_error():
-                written = self._write()
+                with heartbeat.waiting("disk", str(self.folder), f"rank {self._rank}'s part"):
+                    written = self._write()
                 if self._metadata:
                     self._commit([written, *map(self._word_of, range(1, self._num_ranks))], self._metadata)
                 else:
@@ -340,6 +341,7 @@ class _DigestingFile(io.IOBase):
             piece = view[start : start + WRITE_BYTES]
             self.digest = zlib.crc32(piece, self.digest)
             self._file.write(piece)
+            heartbeat.beat()
         return len(view)
 
     def tell(self) -> int:

@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from megatron_prorl import heartbeat
 from megatron_prorl.errors import UserError
 
 COMMITTED = "COMMITTED"
@@ -100,6 +101,7 @@ def crc32(path: Path) -> int:
         buffer = bytearray(READ_BYTES)
         while count := file.readinto(buffer):
             digest = zlib.crc32(memoryview(buffer)[:count], digest)
+            heartbeat.beat()
     return digest
 
 

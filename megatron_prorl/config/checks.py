@@ -35,6 +35,7 @@ def config_problems(cfg: Config) -> list[str]:
         *_stage_problems(cfg),
         *_engine_problems(cfg),
         *_verifier_problems(cfg),
+        *_stall_problems(cfg),
     ]
 
 
@@ -247,6 +248,17 @@ def _verifier_problems(cfg: Config) -> list[str]:
             f"verifier.timeout_seconds, which is {verdict:g}"
         ]
     return []
+
+
+def _stall_problems(cfg: Config) -> list[str]:
+    """An engine or verifier that hangs is to be noticed, and replaced, before the run counts as stalled."""
+    request, verdict = cfg.rollout.engines.request_timeout_seconds, cfg.verifier.timeout_seconds
+    if not cfg.stall_seconds or cfg.stall_seconds > max(2 * request, verdict):
+        return []
+    return [
+        f"stall_seconds: {cfg.stall_seconds:g} must be above 2*rollout.engines.request_timeout_seconds = "
+        f"{2 * request:g} and verifier.timeout_seconds = {verdict:g}"
+    ]
 
 
 def model_problems(cfg: Config) -> list[str]:

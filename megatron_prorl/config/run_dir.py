@@ -21,6 +21,7 @@ MAY_CHANGE = (
     "batching",
     "checkpoint",
     "tracking",
+    "stall_seconds",
     "model.recompute",
     "rollout.engines",
     "verifier.workers",

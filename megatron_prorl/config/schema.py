@@ -312,6 +312,9 @@ class Config(Section):
     steps: Positive = Field(description="steps of the whole run; one step is one collection and its updates")
     seed: NonNegative = 0
     device: Literal["auto", "cuda", "cpu"] = "auto"
+    stall_seconds: float = Field(
+        1800.0, ge=0, description="a run in which nothing moves for so long ends, to be started again; 0: it never does"
+    )
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig

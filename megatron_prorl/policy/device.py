@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +19,7 @@ from megatron_prorl.policy.cpu import enable_cpu_megatron
 # A rank may be minutes behind the others in loading a model or writing a checkpoint.
 # Waiting for rollouts has a group of its own, see `comm.py`.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+NAMING_TIME = timedelta(minutes=10)  # after which a stall has been named (stalls.py), which a timeout would not be
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +39,7 @@ def init_device(cfg: Config) -> Device:
     process. Raises UserError for a layout or a device that this machine cannot give.
     """
     kind = _resolve_kind(cfg)
+    timeout = max(COLLECTIVE_TIMEOUT, timedelta(seconds=cfg.stall_seconds) + NAMING_TIME)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     _check_machine(cfg, kind, world_size)
 
@@ -48,16 +51,16 @@ def init_device(cfg: Config) -> Device:
         enable_cpu_megatron()
     backend = "nccl" if kind == "cuda" else "gloo"
     if "RANK" in os.environ:
-        torch.distributed.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+        torch.distributed.init_process_group(backend, timeout=timeout)
     else:  # a store inside the process: no port, so any number of single processes can share a machine
         store = torch.distributed.HashStore()
-        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=cfg.parallel.tensor,
         pipeline_model_parallel_size=cfg.parallel.pipeline,
         context_parallel_size=cfg.parallel.context,
         expert_model_parallel_size=cfg.parallel.expert,
-        distributed_timeout_minutes=int(COLLECTIVE_TIMEOUT.total_seconds() // 60),
+        distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
         create_gloo_process_groups=False,  # CPU twins of the groups, for checkpoint formats not used here
     )
     tensor_parallel.model_parallel_cuda_manual_seed(cfg.seed, force_reset_rng=True)

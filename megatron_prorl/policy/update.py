@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from typing import TypeVar
 
 import torch
 from megatron.core import parallel_state
@@ -24,13 +25,15 @@ from megatron.core.tensor_parallel import (
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor
 
-from megatron_prorl import comm
+from megatron_prorl import comm, heartbeat
 from megatron_prorl.algo.correction import correction_weights, mismatch_metrics
 from megatron_prorl.algo.kl import kl_estimate
 from megatron_prorl.algo.loss import bounded_log_ratio, entropy_loss, policy_loss, token_mean
 from megatron_prorl.config.schema import AlgorithmConfig
 from megatron_prorl.policy.logprob import logprobs_and_entropy
 from megatron_prorl.types import PackedBatch
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,7 +232,7 @@ def _run_schedule(
     config.finalize_model_grads_func = _finalize_without_scaling
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(batches),
+        data_iterator=_counted(batches),
         model=chunks,
         num_microbatches=len(batches),
         seq_length=1,  # microbatches differ in length (variable_seq_lengths): shapes travel with the tensors
@@ -237,6 +240,13 @@ def _run_schedule(
         forward_only=forward_only,
         collect_non_loss_data=collect_non_loss_data,
     )
+
+
+def _counted(batches: list[Item]) -> Iterator[Item]:
+    """The same, telling how far it is."""
+    for number, batch in enumerate(batches, start=1):
+        heartbeat.doing(f"microbatch {number} of {len(batches)}")
+        yield batch
 
 
 def _finalize_without_scaling(

@@ -13,6 +13,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 
+from megatron_prorl import heartbeat
 from megatron_prorl.types import Completion
 
 UNSYNCED = -1  # weight version of an engine that has its start model and no sync yet
@@ -95,8 +96,9 @@ class EngineClient:
             )
         timeout = aiohttp.ClientTimeout(total=timeout_seconds)
         try:
-            async with self._session.request(method, self.url + path, json=body, timeout=timeout) as response:
-                content = await response.read()
+            with heartbeat.waiting("engine", self.url, path):
+                async with self._session.request(method, self.url + path, json=body, timeout=timeout) as response:
+                    content = await response.read()
         except TimeoutError as error:
             raise EngineDied(f"{self.url}: no sign of life within {timeout_seconds:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
@@ -115,6 +117,14 @@ class EngineClient:
         """Whether the engine's own server answers and its core has not ended."""
         try:
             self._call("GET", "/health", timeout_seconds=timeout_seconds)
+        except (EngineDied, EngineRefused):
+            return False
+        return True
+
+    def core_answers(self, *, timeout_seconds: float) -> bool:
+        """Whether the engine core, which does the work, gives a sign of life; a busy one does after a decoding step."""
+        try:
+            self._call("GET", "/weight_info", timeout_seconds=timeout_seconds)
         except (EngineDied, EngineRefused):
             return False
         return True
@@ -170,7 +180,10 @@ class EngineClient:
         )
         try:
             try:
-                with _opener.open(request, timeout=timeout_seconds or self._timeout_seconds) as response:
+                with (
+                    heartbeat.waiting("engine", self.url, path),
+                    _opener.open(request, timeout=timeout_seconds or self._timeout_seconds) as response,
+                ):
                     content = response.read()
             except urllib.error.HTTPError as error:
                 raise _failure(self.url + path, error.code, error.read()) from None

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Literal
 
+from megatron_prorl import heartbeat
 from megatron_prorl.config.hf import head_dim, hf_folder, is_megatron_checkpoint
 from megatron_prorl.config.schema import Config
 from megatron_prorl.errors import UserError
@@ -158,6 +159,15 @@ class EngineSupervisor:
             self._engines.clear()
         remove_leftovers()
 
+    def kill(self) -> None:
+        """End every engine at once, from any thread: for a process that is to end while its main thread hangs."""
+        self._stopped = True
+        for engine in self._engines:
+            if process := engine.process:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            shutil.rmtree(self._scratch(engine), ignore_errors=True)
+
     def __enter__(self) -> EngineSupervisor:
         self.start()
         return self
@@ -234,6 +244,7 @@ class EngineSupervisor:
                     f"engine {index} did not start within {limit:g} s "
                     f"(rollout.engines.startup_timeout_seconds); see {self._log(engine)}"
                 )
+            heartbeat.beat()  # this wait has a limit of its own
             time.sleep(POLL_SECONDS)
         logger.info("engine %d serves on %s after %.1f s", index, engine.address.url, time.time() - engine.started)
 

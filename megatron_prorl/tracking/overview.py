@@ -16,6 +16,7 @@ from typing import Any
 from megatron_prorl.checkpoint.folders import committed_checkpoints, read_state
 from megatron_prorl.config.run_dir import run_config
 from megatron_prorl.config.schema import Config
+from megatron_prorl.stalls import name_stall, read_ranks
 from megatron_prorl.tracking.lineage import describe_changes, describe_event, read_branches, read_lineage
 from megatron_prorl.tracking.metrics import read_metrics
 from megatron_prorl.tracking.requests import read_requests
@@ -43,6 +44,8 @@ def overview(run_dir: str | Path) -> dict[str, Any]:
     alive = life(run_dir, status, now)
     state: str = alive.name
     detail = alive.detail
+    if alive.name == "STALLED" and (ranks := read_ranks(run_dir)):
+        detail += f"; {name_stall(ranks)}"
     if status is None or alive.name == "ended":
         state, detail = _rest(cfg, progress, events, alive.detail)
     live = state in ("running", "STALLED")

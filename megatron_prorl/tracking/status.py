@@ -50,8 +50,8 @@ class StatusWriter:
         now = time.time()
         self._now: dict[str, Any] = {
             "pid": os.getpid(),
-            "process_start": _process_start(os.getpid()),
-            "machine": _machine(),
+            "process_start": process_start(os.getpid()),
+            "machine": machine(),
             "host": socket.gethostname(),
             "started": now,
             "heartbeat": now,
@@ -79,11 +79,15 @@ class StatusWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.end(_cause(error))
+
+    def end(self, cause: str) -> None:
+        """Write that the process ends, and nothing from then on."""
         self._closing.set()
         self._changed.set()
         self._thread.join()
         with self._lock:
-            self._now |= {"phase": ENDED, "done": 0, "total": None, "phase_since": time.time(), "end": _cause(error)}
+            self._now |= {"phase": ENDED, "done": 0, "total": None, "phase_since": time.time(), "end": cause}
         self._write()
 
     def begin(self, step: int, stage: int, resets: int) -> None:
@@ -149,6 +153,15 @@ class StatusWriter:
             pass  # a full disk: no reason to end a run, and the next writing is soon; meanwhile the heartbeat is missed
 
 
+def note_end(run_dir: str | Path, cause: str) -> None:
+    """Write for the process that has a StatusWriter, and that hangs, why it ends."""
+    if (status := read_status(run_dir)) is not None:
+        path = Path(run_dir) / STATUS_FILE
+        draft = path.with_suffix(".tmp")
+        draft.write_text(json.dumps(status | {"phase": ENDED, "total": None, "end": cause}) + "\n", encoding="utf-8")
+        os.replace(draft, path)
+
+
 def _cause(error: BaseException | None) -> str:
     """Why a run ends before its time, on one line; empty if it does not."""
     if error is None:
@@ -183,9 +196,9 @@ def life(run_dir: str | Path, status: Mapping[str, Any] | None, now: float) -> L
     if status is None:
         return Life("ended", "")
     silent = now - status["heartbeat"]
-    here = status["machine"] == _machine()
+    here = status["machine"] == machine()
     if here:
-        alive = _process_start(status["pid"]) == status["process_start"]
+        alive = process_start(status["pid"]) == status["process_start"]
     else:
         alive = status["phase"] != ENDED and (silent < SILENT_SECONDS or is_locked(Path(run_dir)))
     if not alive:
@@ -216,12 +229,12 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds_left:02d}" if hours else f"{minutes}:{seconds_left:02d}"
 
 
-def _machine() -> str:
+def machine() -> str:
     """Equal where processes can read each other's /proc."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
 
 
-def _process_start(pid: int) -> int | None:
+def process_start(pid: int) -> int | None:
     """When a living process began, in ticks since the machine did: another one of that id began later. proc(5)."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

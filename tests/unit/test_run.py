@@ -195,7 +195,8 @@ def test_only_engines_that_share_gpus_are_waited_for_before_the_models_are_built
 
     (tmp_path / "checkpoints").mkdir()
     no_engines = {
-        "checkpoint": None,
+        "find_checkpoint": lambda self: None,
+        "note_stall": lambda self, cause: None,
         "check_tokenizer": lambda self, hf: None,
         "begin_stage": lambda self, cfg, progress: None,
         "open_problems": lambda self, progress: None,
