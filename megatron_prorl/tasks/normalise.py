@@ -31,10 +31,9 @@ _CHARACTERS = str.maketrans(
         "\u202f": " ", "\u2009": " ",
     }
 )  # fmt: skip
-_SCRIPTS = (  # runs of raised or lowered characters, how they are written in LaTeX
-    (re.compile("[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+|[⁺⁻]"), "^", str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")),
-    (re.compile("[₀₁₂₃₄₅₆₇₈₉]+"), "_", str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")),
-)
+_RAISED = re.compile("[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+|[⁺⁻]")
+_LOWERED = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
+_AS_DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻₀₁₂₃₄₅₆₇₈₉", "0123456789+-0123456789")
 _TEXT = (
     r"\\(?:text|textbf|textit|textrm|textsf|texttt|textnormal|mathrm|mathbf|mathit|mathsf|mbox|hbox"
     r"|ce|operatorname|boldsymbol|bm|rm)\*?"
@@ -134,8 +133,8 @@ _LHS = re.compile(
 
 def clean(text: str) -> str:
     r"""One way of writing for what is written in many; spaces stay where they part words or mixed numbers."""
-    for run, sign, table in _SCRIPTS:
-        text = run.sub(lambda match, sign=sign, table=table: f"{sign}{{{match[0].translate(table)}}}", text)
+    text = _RAISED.sub(lambda match: f"^{{{match[0].translate(_AS_DIGITS)}}}", text)
+    text = _LOWERED.sub(lambda match: f"_{{{match[0].translate(_AS_DIGITS)}}}", text)
     text = re.sub(r"\s+", " ", text.translate(_CHARACTERS)).strip()
     while (match := re.fullmatch(r"\\(?:boxed|fbox)\s*\{(.*)\}", text, re.DOTALL)) is not None:
         text = match[1].strip()

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from megatron_prorl.config.schema import DataConfig, TaskConfig, VerifierConfig
 from megatron_prorl.data.chat import begins_in_thought, render
 from megatron_prorl.data.problems import Generator
-from megatron_prorl.tasks.logic import extract_answer
+from megatron_prorl.tasks import verify
+from megatron_prorl.tasks.logic import extract_answer, load
 from megatron_prorl.tasks.pool import VerifierPool
 from megatron_prorl.types import Problem
 from tests.tiny_model import make_tokenizer
@@ -60,8 +64,8 @@ def test_a_right_answer_scores_one_and_every_other_has_its_own_reason(
 ):
     right, (wrong_score, wrong_reason), missing, thought = scores[task]
     assert right == (1.0, "correct")
-    assert wrong_score <= 0.05  # arc_agi pays 0.05, prime_factorization 0.01 for the attempt
-    assert wrong_reason in ("wrong", "malformed", "partly correct")
+    assert wrong_score == 0.0  # of itself arc_agi pays 0.05, prime_factorization 0.01 for the attempt
+    assert wrong_reason in ("wrong", "malformed")
     assert missing == (0.0, "no answer")
     assert thought == (0.0, "no answer")
 
@@ -74,6 +78,81 @@ def test_text_that_a_scorer_cannot_read_is_a_wrong_answer_not_a_broken_verifier(
 
 def test_game_of_life_halting_is_judged_by_its_answer(scores: dict[str, list[tuple[float, str]]]):
     assert scores["game_of_life_halting"][1] == (0.0, "wrong")  # Reasoning Gym's own scorer gives any text 1.0
+
+
+def item(task: str, index: int = 0, **params: Any) -> tuple[Problem, dict[str, Any]]:
+    origin = {"task": task, "params": params, "seed": 9, "index": index}
+    _, entry = load(origin)
+    asked = [{"role": "user", "content": entry["question"]}]
+    problem = Problem(id=task, domain="logic", task=task, messages=asked, verification=origin, source="reasoning_gym")
+    return problem, entry
+
+
+def score(task: str, answer: Callable[[dict[str, Any]], str], index: int = 0, **params: Any) -> float:
+    problem, entry = item(task, index, **params)
+    return verify(problem, f"<answer>{answer(entry)}</answer>").score
+
+
+def of(field: str, text: str = "{}") -> Callable[[dict[str, Any]], str]:
+    return lambda entry: text.format(entry["metadata"][field])
+
+
+@pytest.mark.parametrize(
+    ("task", "answer"),
+    [
+        ("simple_integration", of("integrand", "integrate({}, X)")),
+        ("simple_integration", of("integrand", "Integral({}, X)")),
+        ("intermediate_integration", of("integrand", "Integral({}, x)")),
+        ("polynomial_multiplication", of("polynomial_expr", "expand({})")),
+        ("polynomial_multiplication", lambda entry: f"sympify('{entry['answer']}')"),
+        ("puzzle24", lambda _: "6*4*1*1"),
+        ("countdown", of("target", "int({})")),
+        ("prime_factorization", of("number", "{} × 1")),
+        ("fraction_simplification", lambda entry: "{numerator}/{denominator}".format(**entry["metadata"])),
+        ("propositional_logic", lambda entry: entry["metadata"]["premises"][0]),
+        ("propositional_logic", lambda entry: f"(({entry['metadata']['premises'][0]}))"),
+        ("propositional_logic", lambda _: "(P ∨ ¬P)"),
+        ("word_sorting", lambda entry: ", ".join(entry["metadata"]["original_words"])),
+        ("word_sorting", lambda entry: ",".join([*entry["metadata"]["sorted_words"], "zebra"])),
+        ("spell_backward", lambda entry: entry["answer"] + "s"),
+        ("letter_jumble", lambda entry: " ".join(entry["metadata"]["scrambled_words"])),
+        ("game_of_life", lambda entry: entry["answer"][:-1] + ",[1]]"),
+        ("game_of_life", lambda entry: "[[" + entry["question"].rpartition("[[")[2].strip(". ")),
+        ("n_queens", lambda _: r"[row.split() for row in valid_solutions[0].split('\n')]"),
+        ("n_queens", lambda _: "setattr(type(self), 'score_answer', lambda *_: 1.0)"),
+        ("spiral_matrix", lambda _: "oracle_answer.split()"),
+        ("coin_flip", lambda _: "0"),
+        ("gcd", lambda entry: entry["answer"] + "0"),
+        ("acre", lambda _: "None or on or off or undetermined"),
+        ("calendar_arithmetic", lambda _: "Monday"),
+    ],
+)
+def test_no_scorer_of_a_task_pays_for_less_than_was_asked(task: str, answer: Callable[[dict[str, Any]], str]):
+    assert [score(task, answer, index) for index in range(4)] == [0.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("task", "answer", "least", "most"),
+    [
+        ("simple_integration", lambda entry: entry["answer"].replace(" ", ""), 1.0, 1.0),
+        ("puzzle24", lambda entry: f"({entry['answer']})", 1.0, 1.0),
+        ("countdown", lambda entry: f"({entry['answer']})", 1.0, 1.0),
+        ("chain_sum", lambda entry: f"{int(entry['answer']):+05d}.0", 1.0, 1.0),
+        ("word_sorting", lambda entry: entry["answer"].replace(" ", ""), 1.0, 1.0),
+        ("coin_flip", lambda entry: f"{float(entry['answer']):.8g}", 1.0, 1.0),
+        ("propositional_logic", lambda entry: f" {entry['answer']} ", 1.0, 1.0),
+        ("letter_jumble", lambda entry: entry["answer"].rpartition(" ")[0] + " x", 0.5, 0.99),
+        ("rectangle_count", lambda entry: str(int(entry["answer"]) + 1), 0.3, 0.99),
+        ("sudoku", lambda entry: entry["answer"][:-1] + "0", 0.5, 0.99),
+        ("boxnet", lambda entry: json.dumps(json.loads(entry["answer"])[:-1]), 0.2, 0.99),
+    ],
+)
+def test_other_notations_are_right_and_what_a_task_pays_for_getting_near_stays(
+    task: str, answer: Callable[[dict[str, Any]], str], least: float, most: float
+):
+    params = {"min_box_num": 2, "max_box_num": 3} if task == "boxnet" else {}
+    for index in range(3):
+        assert least <= score(task, answer, index, **params) <= most
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,15 @@ CANNOT = {
     # and their weights do the same.
     "composite": "Must specify at least one dataset",
 }
-WRONG = "<answer>definitely wrong 12345</answer>"
+CONTAINING = {
+    "sentence": "The answer is {}",
+    "remark": "{} is the answer",
+    "candidates": "{} or 17",
+    "twice": "{} {}",
+    "more": "{}, 1",
+    "longer": "{}x",
+    "below": "{}\n\n7 7 7",
+}
 Verdicts = dict[str, tuple[float, str]]
 
 
@@ -83,14 +91,16 @@ def problems(registered: list[str]) -> dict[str, Problem]:
 
 @pytest.fixture(scope="module")
 def verdicts(problems: dict[str, Problem]) -> dict[str, Verdicts]:
-    """By task, the verdicts on: the right answer, a wrong one, an empty one."""
+    """By task, the verdicts on: the right answer, a wrong one, an empty one, and those that contain the right one."""
 
     async def judge(pool: VerifierPool, task: str) -> Verdicts:
         problem = problems[task]
-        gold = problem.verification["answer"]
+        question, gold = problem.messages[-1]["content"], problem.verification["answer"]
         if task in SOLVED_HERE:
-            gold = SOLVED_HERE[task](problem.messages[-1]["content"])
-        texts = {"right": f"So <answer>{gold}</answer>", "wrong": WRONG, "empty": "<answer> </answer>"}
+            gold = SOLVED_HERE[task](question)
+        answers = {"right": gold, "empty": " ", "wrong": "definitely wrong 12345", "question": question}
+        answers |= {name: text.replace("{}", gold) for name, text in CONTAINING.items()}
+        texts = {name: f"So <answer>{answer}</answer>" for name, answer in answers.items()}
         found = await pool.verify_many(problem, list(texts.values()))
         return {name: (verdict.score, verdict.reason) for name, verdict in zip(texts, found, strict=True)}
 
@@ -111,8 +121,17 @@ def test_every_right_answer_scores_one(verdicts: dict[str, Verdicts]):
     assert {task: found["right"] for task, found in verdicts.items() if found["right"] != (1.0, "correct")} == {}
 
 
-def test_no_wrong_answer_scores_one(verdicts: dict[str, Verdicts]):
-    assert {task: found["wrong"] for task, found in verdicts.items() if found["wrong"][0] > 0.3} == {}
+def test_no_wrong_answer_scores_anything(verdicts: dict[str, Verdicts]):
+    paid = {task for task, found in verdicts.items() if found["wrong"][0] > 0.0}
+    assert paid == {"spell_backward"}  # for every letter that is in its place
+
+
+@pytest.mark.parametrize("how", [*CONTAINING, "question"])
+def test_an_answer_that_contains_the_right_one_or_repeats_the_question_scores_nothing(
+    how: str, verdicts: dict[str, Verdicts]
+):
+    paid = {task for task, found in verdicts.items() if found[how][0] > 0.0}
+    assert paid - ({"rush_hour"} if how == "twice" else set()) == set()  # there a car that is out stays out
 
 
 def test_an_empty_answer_is_none(verdicts: dict[str, Verdicts]):
