@@ -131,7 +131,11 @@ def test_what_training_saved_under_a_layout_converts(
     assert same_bits(tensors_of(tmp_path / "out"), tensors_of(folders[model]))
 
 
-def _save_as_megatron_does(folder: Path, out: Path) -> None:
+# What Megatron-Bridge 0.7 asks of `sharded_state_dict` when it saves; Megatron-LM asks nothing.
+BRIDGE = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+
+
+def _save_as_megatron_does(folder: Path, out: Path, metadata: dict[str, Any] | None) -> None:
     """Megatron-Core's own model and its own `save`, with a state dict as Megatron-LM's training loop makes it."""
     cfg = tiny_config(folder, dtype="bf16", num_ranks=2, parallel={"tensor": 2})
     init_device(cfg)
@@ -146,18 +150,19 @@ def _save_as_megatron_does(folder: Path, out: Path) -> None:
         position_embedding_type="rope",
     ).bfloat16()  # as Megatron-LM's Float16Module does
     load_hf_weights([model], folder, hf)
-    state = {"model": model.sharded_state_dict(), "checkpoint_version": 3.0, "iteration": 7, "args": None}
+    weights = model.sharded_state_dict(metadata=metadata)
+    state = {"model": weights, "checkpoint_version": 3.0, "iteration": 7, "args": None}
     if torch.distributed.get_rank() == 0:
         out.mkdir()
     torch.distributed.barrier()
     dist_checkpointing.save(state, str(out))
 
 
-@pytest.mark.parametrize("model", [1, 2])
+@pytest.mark.parametrize(("model", "metadata"), [(1, None), (2, BRIDGE)])
 def test_what_megatron_itself_saves_converts(
-    folders: list[Path], converted: list[Path], tmp_path: Path, model: int
+    folders: list[Path], converted: list[Path], tmp_path: Path, model: int, metadata: dict[str, Any] | None
 ) -> None:
-    run_ranks(2, _save_as_megatron_does, folders[model], tmp_path / "iter_0000007")
+    run_ranks(2, _save_as_megatron_does, folders[model], tmp_path / "iter_0000007", metadata)
     (tmp_path / "iter_0000007" / "hf").symlink_to(converted[model] / "hf")
     megatron_to_hf(tmp_path / "iter_0000007", tmp_path / "out")
     assert same_bits(tensors_of(tmp_path / "out"), tensors_of(folders[model]))
