@@ -47,7 +47,7 @@ from megatron_prorl.checkpoint.store import (
 from megatron_prorl.config.hf import hf_folder
 from megatron_prorl.config.run_dir import check_data, check_run_dir, record_config
 from megatron_prorl.config.schema import Config, ResetConfig
-from megatron_prorl.config.stages import stage_config
+from megatron_prorl.config.stages import ended_by, stage_config
 from megatron_prorl.data.chat import load_tokenizer
 from megatron_prorl.data.problems import TrainProblems, mixture
 from megatron_prorl.errors import RunStopped, ToldToEnd, UserError
@@ -97,20 +97,20 @@ def open_trainer(cfg: Config) -> Iterator[Device]:
         shutdown_device()
 
 
-def is_finished(cfg: Config) -> bool:
-    """Whether the run's last checkpoint ends it; the same on every rank."""
+def is_finished(cfg: Config, *, at_start: bool = False) -> bool:
+    """Whether the run's last checkpoint ends it, the same on every rank; `at_start` a line says so."""
 
     def found() -> bool:
         checkpoint = latest_checkpoint(cfg.run_dir)
         if checkpoint is None or verify_digests(checkpoint, [STATE]):  # `open_run` sets it aside
             return False
-        progress = read_state(checkpoint)["progress"]
-        after_plan = bool(cfg.stages) and progress.get("stage", 0) >= len(cfg.stages)
-        finished: bool = progress["step"] >= cfg.steps or after_plan
-        if finished:
+        reason = ended_by(cfg, read_state(checkpoint)["progress"])
+        if reason:
             with only_writer(Path(cfg.run_dir)):
                 prepare_run_dir(cfg.run_dir)  # nobody else will
-        return finished
+        if reason and at_start:
+            print(f"{cfg.run_dir}: the run is finished: {reason}", flush=True)
+        return bool(reason)
 
     return comm.broadcast(found() if comm.is_rank_zero() else None)
 

@@ -11,10 +11,12 @@ from megatron_prorl.run import Run, is_finished, open_run, open_trainer
 def run(cfg: Config, kind: type[Run] = Run) -> None:
     """Train until `cfg.steps` steps or all stages are done, from the last checkpoint of `cfg.run_dir` if it has one."""
     with open_trainer(cfg) as device:
-        while not is_finished(cfg):
+        finished = is_finished(cfg, at_start=True)
+        while not finished:
             with open_run(cfg, device, kind) as stage:
                 train(stage)
             del stage  # its models make room for those of the next
+            finished = is_finished(cfg)
 
 
 def train(r: Run) -> None:

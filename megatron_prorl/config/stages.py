@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from pydantic import ValidationError
 
 from megatron_prorl.config.load import ConfigError, describe, set_option
@@ -34,6 +37,15 @@ def stage_config(cfg: Config, stage: int) -> Config:
         problems = [problem for detail in error.errors() for problem in describe(detail)]
         raise ConfigError([f"stages.{stage}.options: {problem}" for problem in problems]) from None
     return found.model_copy(update={"stages": cfg.stages})
+
+
+def ended_by(cfg: Config, progress: Mapping[str, Any]) -> str:
+    """Why nothing is left to train after a checkpoint with this progress; empty if something is."""
+    if cfg.stages and progress.get("stage", 0) >= len(cfg.stages):
+        return f"all {len(cfg.stages)} stages are done; add one to go on"
+    if progress["step"] >= cfg.steps:
+        return f"step {progress['step']} of {cfg.steps} is done; raise steps to go on"
+    return ""
 
 
 def _is_settable(key: str) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 from megatron_prorl.checkpoint.folders import committed_checkpoints, read_state
 from megatron_prorl.config.run_dir import run_config
 from megatron_prorl.config.schema import Config
+from megatron_prorl.config.stages import ended_by
 from megatron_prorl.stalls import name_stall, read_ranks
 from megatron_prorl.tracking.lineage import describe_changes, describe_event, read_branches, read_lineage
 from megatron_prorl.tracking.metrics import read_metrics
@@ -88,8 +89,8 @@ def _rest(cfg: Config, progress: Mapping[str, Any], events: Sequence[Event], det
     last = next((event for event in reversed(events) if event["event"] != "warning"), None)
     if last and last["event"] == "stop":
         return "stopped", f"by {last['trigger']} after step {last['step']}: {last['reason']}"
-    if progress["step"] >= cfg.steps or (cfg.stages and progress.get("stage", 0) >= len(cfg.stages)):
-        return "finished", ""
+    if reason := ended_by(cfg, progress):
+        return "finished", reason
     if last is None or last["event"] == "branch":
         return "not started", f"begins with step {progress['step'] + 1}"
     goes_on = f"goes on from step {progress['step']}" if progress["step"] else "begins anew"

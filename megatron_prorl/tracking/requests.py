@@ -10,7 +10,9 @@ import uuid
 from collections.abc import Collection
 from pathlib import Path
 
+from megatron_prorl.checkpoint.folders import latest_checkpoint, read_state
 from megatron_prorl.config.load import load_config
+from megatron_prorl.config.stages import ended_by
 from megatron_prorl.errors import UserError
 
 REQUESTS = ("reset", "advance")
@@ -27,6 +29,9 @@ def ask(run_dir: str | Path, request: str) -> str:
     cfg = load_config(run_dir / "config.yaml")
     if request == "advance" and not cfg.stages:
         raise UserError(f"{run_dir}: the run has no stages")
+    checkpoint = latest_checkpoint(run_dir)
+    if checkpoint and (reason := ended_by(cfg, read_state(checkpoint)["progress"])):
+        raise UserError(f"{run_dir}: no step is left to {request} after: {reason}")
     folder = run_dir / "requests"
     folder.mkdir(exist_ok=True)
     draft = folder / f".{request}"

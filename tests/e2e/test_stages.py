@@ -99,6 +99,7 @@ def test_the_lineage_tells_what_happened_and_why(plan: Ended) -> None:
 def test_a_run_that_is_finished_starts_nothing_again(plan: Ended) -> None:
     again = run_to_its_end(plan.config)
     assert (again.code, again.err) == (0, "")
+    assert again.out.splitlines()[-1].endswith("the run is finished: step 6 of 6 is done; raise steps to go on")
     assert "vLLM" not in again.out and steps(plan.run_dir) == list(range(7))
 
 

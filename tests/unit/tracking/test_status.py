@@ -199,3 +199,12 @@ def test_a_run_without_a_row_or_checkpoint_has_a_status(tmp_path: Path) -> None:
 def test_a_folder_of_no_run_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run directory; give the run_dir"):
         overview(tmp_path)
+
+
+def test_a_finished_run_says_what_would_go_on_and_takes_no_requests(run_dir: Path) -> None:
+    config = (run_dir / "config.yaml").read_text()
+    (run_dir / "config.yaml").write_text(config.replace("steps: 100", "steps: 40"))
+    assert overview(run_dir)["detail"] == "step 40 of 40 is done; raise steps to go on"
+    with pytest.raises(UserError, match=r"no step is left to reset after: step 40 of 40 is done; raise steps to go on"):
+        ask(run_dir, "reset")
+    assert not (run_dir / "requests").exists()
