@@ -20,8 +20,9 @@ A solution in a compiled language gets the same in mode namespaces, where it can
 from in the other: read any file. The compiler runs inside the namespaces, before the filter; the filter of its program
 allows execve too, by which that starts, and which keeps filter and limits.
 
-No cgroups: as a program cannot start processes, its limits are those of the whole sandbox. What RLIMIT_NPROC
-would count is refused altogether; it would not hold for root, whom the kernel exempts.
+No cgroups (docs/decisions/0007): as a program cannot start processes, its limits are those of the whole sandbox. Its
+threads are limited in mode namespaces by a kernel of 5.14 or newer, unless the verifier runs as root, whom the kernel
+exempts from RLIMIT_NPROC; else by what their stacks take of `memory_mib`.
 
 A sandbox dies with the thread that made it (PR_SET_PDEATHSIG), a killed verifier included.
 """
@@ -35,6 +36,7 @@ import json
 import logging
 import math
 import os
+import re
 import select
 import shutil
 import subprocess
@@ -56,6 +58,7 @@ Mode = Literal["namespaces", "seccomp"]
 OUTPUT_BYTES = 8 * 2**20  # also the size of a file in the scratch
 SCRATCH_BYTES = 32 * 2**20
 START_TIMEOUT_SECONDS = 60.0
+MAX_THREADS = 256
 COMPILERS = {"cpp": ("g++", "-x", "c++", "-std=c++17", "-O2", "-w")}
 TOOLCHAIN = ("g++", "as", "ld")  # what is in /usr/bin; a compiler keeps the rest of it in /usr/lib
 RUNNER = Path(sandbox_runner.__file__).resolve()
@@ -114,6 +117,7 @@ class Sandbox:
             "memory_bytes": memory_mib * 2**20,
             "output_bytes": OUTPUT_BYTES,
             "cpu_seconds": math.ceil(timeout_seconds) + 1,
+            "max_threads": MAX_THREADS if files and _counts_by_namespace() else None,
         }
         with lifted():
             self._process = subprocess.Popen(
@@ -258,6 +262,13 @@ def why_not(language: str) -> str | None:
 
 def _interpreter(runner: str) -> list[str]:
     return [_executable(), "-P", "-s", "-S", "-B", "-X", "utf8", runner]
+
+
+@functools.cache
+def _counts_by_namespace() -> bool:
+    """Whether RLIMIT_NPROC counts in a user namespace what runs in it, and not all that the user runs (Linux 5.14)."""
+    numbers = re.findall(r"\d+", os.uname().release)[:2]
+    return tuple(map(int, numbers)) >= (5, 14)
 
 
 def _executable() -> str:

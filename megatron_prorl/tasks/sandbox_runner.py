@@ -177,6 +177,8 @@ def _confine(setup: dict[str, Any], libc: ctypes.CDLL) -> None:
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_MEMLOCK: 0,
     }
+    if setup["max_threads"]:
+        limits[resource.RLIMIT_NPROC] = setup["max_threads"]
     for limit, value in limits.items():
         resource.setrlimit(limit, (value, value))
     program = base64.b64decode(setup["filter"])

@@ -239,6 +239,27 @@ def test_the_hash_seed_is_the_same_every_time():
     assert outputs[0] == outputs[1] != b""
 
 
+STARTS_THREADS = """
+import os, threading, time
+threading.stack_size(32768)
+for number in range(2000):
+    try:
+        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+    except RuntimeError:
+        break
+os.write(1, b"%d" % number)
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(sandbox.what_fails("namespaces") is not None, reason="no namespaces here")
+@pytest.mark.skipif(os.geteuid() == 0, reason="the kernel exempts root from RLIMIT_NPROC")
+def test_a_solution_starts_only_so_many_threads():
+    with sandbox.Sandbox(STARTS_THREADS, None, mode="namespaces", memory_mib=1024, timeout_seconds=30.0) as box:
+        ran = box.run({"stdin": ""}, deadline=time.monotonic() + 60)
+    assert 0 < int(ran.output) < sandbox.MAX_THREADS
+
+
 needs_cpp = pytest.mark.skipif(sandbox.why_not("cpp") is not None, reason=f"no C++ here: {sandbox.why_not('cpp')}")
 
 

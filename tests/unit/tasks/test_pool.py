@@ -17,8 +17,8 @@ from megatron_prorl.tasks import VerifierError
 from megatron_prorl.tasks.pool import VerifierPool
 from megatron_prorl.types import Problem, Verdict
 
-# This task's scorer passes a list in the answer to eval: what hangs, crashes or reaches out below is a model's answer
-# in production too.
+# This task's scorer passes a list in the answer to eval: what hangs or fills the memory below is a model's answer in
+# production too.
 EVALUATING = {"task": "spiral_matrix", "params": {}, "seed": 1, "index": 0}
 #     4 6 7 3
 #     0 7 6 9
@@ -26,8 +26,7 @@ EVALUATING = {"task": "spiral_matrix", "params": {}, "seed": 1, "index": 0}
 #     6 0 7 9
 RIGHT = "<answer>4 6 7 3 9 1 9 7 0 6 7 0 7 6 1 1</answer>"
 HANGS = "<answer>[9**9**9]</answer>"
-ENDS_ITS_PROCESS = "<answer>[__import__('os')._exit(1)]</answer>"
-FILLS_MEMORY = "<answer>[*range(10**12)]</answer>"
+FILLS_MEMORY = "<answer>[0]*10**12</answer>"
 TIMEOUT_SECONDS = 1.0
 
 
@@ -73,12 +72,25 @@ def pool() -> Iterator[VerifierPool]:
 
 def test_a_hanging_or_crashing_answer_costs_nobody_else(pool: VerifierPool):
     before = set(children_of(os.getpid()))
-    texts = [RIGHT, HANGS, RIGHT, ENDS_ITS_PROCESS, FILLS_MEMORY, RIGHT]
-    verdicts = asyncio.run(pool.verify_many(problem(), texts))
+    verdicts = asyncio.run(pool.verify_many(problem(), [RIGHT, HANGS, RIGHT, FILLS_MEMORY, RIGHT]))
     assert [(verdict.score, verdict.reason) for verdict in verdicts] == [
-        (1.0, "correct"), (0.0, "timed out"), (1.0, "correct"), (0.0, "crashed"), (0.0, "wrong"), (1.0, "correct"),
+        (1.0, "correct"), (0.0, "timed out"), (1.0, "correct"), (0.0, "wrong"), (1.0, "correct"),
     ]  # fmt: skip
     assert not any(is_running(pid) for pid in before - set(children_of(os.getpid()))), "a replaced worker lives on"
+
+
+def test_an_answer_under_which_its_process_ends_is_a_crash_and_no_other_is(pool: VerifierPool):
+    assert verdict_on(RIGHT, pool).reason == "correct"  # the worker is ready
+    assert pool._workers[0]._child is not None
+    worker = pool._workers[0]._child.pid
+
+    async def judge() -> list[Verdict]:
+        verdicts = asyncio.create_task(pool.verify_many(problem(), [RIGHT, HANGS, RIGHT]))
+        await asyncio.sleep(0.5 * TIMEOUT_SECONDS)
+        os.kill(worker, signal.SIGKILL)
+        return await verdicts
+
+    assert [verdict.reason for verdict in asyncio.run(judge())] == ["correct", "crashed", "correct"]
 
 
 @pytest.mark.parametrize(
@@ -91,9 +103,12 @@ def test_an_answer_that_is_evaluated_touches_no_file(pool: VerifierPool, tmp_pat
     assert not target.exists()
 
 
-def test_an_evaluated_answer_sees_none_of_the_trainers_environment(pool: VerifierPool):
-    exits_if_clean = "<answer>['A_SECRET' in __import__('os').environ or __import__('os')._exit(1)]</answer>"
-    assert verdict_on(exits_if_clean, pool).reason == "crashed"
+def test_a_verifier_sees_none_of_the_trainers_environment(pool: VerifierPool):
+    assert verdict_on(RIGHT, pool).reason == "correct"
+    assert pool._workers[0]._child is not None
+    environment = Path(f"/proc/{pool._workers[0]._child.pid}/environ").read_bytes()
+    assert b"PYTHONHASHSEED=0" in environment
+    assert b"A_SECRET" not in environment
 
 
 @pytest.mark.parametrize("broken", [{"task": "no_such_task"}, {"params": {"min_n": -1}}])
