@@ -33,12 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         commands = {
             "train": _train,
+            "preflight": _preflight,
+            "launch": _launch,
             "replay": _replay,
             "reset": _ask,
             "advance": _ask,
             "status": _status,
-            "runs": _runs,
             "report": _report,
+            "runs": _runs,
             "branch": _branch,
             "delete": _delete,
             "convert": _convert,
@@ -66,6 +68,23 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     train.add_argument("config", help="YAML file; see examples/")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="for example optimizer.learning_rate=1e-6")
     train.add_argument("--dry-run", action="store_true", help="check the configuration, print it in full, and stop")
+    ready = commands.add_parser("preflight", help="whether the machines are fit for a run, in less than a minute")
+    ready.add_argument("config", help="YAML file; see examples/")
+    ready.add_argument("overrides", nargs="*", metavar="key=value", help="as for prorl train")
+
+    launch = commands.add_parser("launch", help="train on a cluster, as a chain of jobs, by NeMo-Run")
+    launch.add_argument("config", help="YAML file; see examples/")
+    launch.add_argument("overrides", nargs="*", metavar="key=value", help="as for prorl train")
+    launch.add_argument("--executor", choices=("slurm", "local", "skypilot"), default="slurm", help="default: slurm")
+    launch.add_argument("--site", default="site.yaml", metavar="FILE", help="see examples/site.yaml; default site.yaml")
+    launch.add_argument("--nodes", type=int, metavar="N", help="the same as parallel.nodes=N")
+    launch.add_argument("--time", default="04:00:00", metavar="LIMIT", help="of a job, as sbatch's (default 04:00:00)")
+    launch.add_argument("--jobs", type=int, default=1, metavar="N", help="in a chain; one alone begins again itself")
+    action = launch.add_mutually_exclusive_group()
+    action.add_argument("--dry-run", action="store_true", help="print the script that would be submitted")
+    action.add_argument("--status", action="store_true", help="how the run's jobs are")
+    action.add_argument("--logs", action="store_true", help="the end of their newest log")
+    action.add_argument("--cancel", action="store_true", help="cancel them")
 
     replay = commands.add_parser("replay", help="train again on a run's recorded rollouts, and compare the checkpoints")
     replay.add_argument("run_dir", metavar="RUN", help="its run_dir")
@@ -78,6 +97,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     status = commands.add_parser("status", help="what a run is doing, how it stands, and what is stuck")
     status.add_argument("run_dir", metavar="RUN", help="its run_dir")
     status.add_argument("--json", action="store_true", help="print it as JSON")
+    report = commands.add_parser("report", help="runs and evaluations as one HTML page, with figures and tables")
+    report.add_argument("folders", nargs="+", metavar="FOLDER", help="run_dir of a run, or --out of an evaluation")
+    report.add_argument("--out", metavar="DIR", help="folder to write to; default: report in the first FOLDER")
+    report.add_argument(
+        "--corpus", action="append", default=[], metavar="FILE", help="text that responses are compared with word by word"
+    )
     runs = commands.add_parser("runs", help="the runs below a folder, branches below the run that they come from")
     runs.add_argument("folder", nargs="?", default=".", metavar="DIR", help="default: the present one")
     runs.add_argument("--picture", metavar="FILE", help="draw the tree as well, as .png or .svg")
@@ -93,12 +118,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     directions = convert.add_subparsers(dest="direction", required=True, metavar="DIRECTION")
     for direction, source, target in (
         ("hf-to-megatron", "HF_DIR", "MEGATRON_DIR"),
-    report = commands.add_parser("report", help="runs and evaluations as one HTML page, with figures and tables")
-    report.add_argument("folders", nargs="+", metavar="FOLDER", help="run_dir of a run, or --out of an evaluation")
-    report.add_argument("--out", metavar="DIR", help="folder to write to; default: report in the first FOLDER")
-    report.add_argument(
-        "--corpus", action="append", default=[], metavar="FILE", help="text that responses are compared with word by word"
-    )
         ("megatron-to-hf", "MEGATRON_DIR", "HF_DIR"),
     ):
         one_way = directions.add_parser(direction, help=f"{source} to {target}")
@@ -154,7 +173,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
     # argparse gives `overrides` up at the first option, so those after --dry-run come back as unknown.
     args, late = parser.parse_known_args(argv)
-    if late and (args.command not in ("train", "data", "branch") or any(word.startswith("-") for word in late)):
+    takes_more = args.command in ("train", "launch", "data", "branch")
+    if late and (not takes_more or any(word.startswith("-") for word in late)):
         (train if args.command == "train" else parser).error(f"unrecognized arguments: {' '.join(late)}")
     if late and not hasattr(args, "overrides"):
         build.error(f"unrecognized arguments: {' '.join(late)}")
@@ -192,6 +212,32 @@ def _train(args: argparse.Namespace) -> int:
         run(cfg)
 
     return _on_all_ranks(cfg, ["train", args.config, *args.overrides], run)
+
+
+def _launch(args: argparse.Namespace) -> int:
+    from megatron_prorl.launch import nemo, prorl_task
+    from megatron_prorl.launch.site import Site, load_site
+
+    nodes = [f"parallel.nodes={args.nodes}"] if args.nodes else []
+    task = prorl_task(args.config, *args.overrides, *nodes)
+    site = Site() if args.executor == "local" else load_site(args.site)
+    plan = nemo.Plan(task=task, executor=args.executor, site=site, jobs=args.jobs, time_limit=args.time)
+    actions = {"dry_run": nemo.dry_run, "status": nemo.status, "logs": nemo.logs, "cancel": nemo.cancel}
+    print(next((actions[name] for name in actions if getattr(args, name)), nemo.submit)(plan))
+    return 0
+
+
+def _preflight(args: argparse.Namespace) -> int:
+    from megatron_prorl.config.load import load_config
+
+    cfg = load_config(args.config, args.overrides)
+
+    def run() -> None:
+        from megatron_prorl.launch.preflight import preflight
+
+        preflight(cfg)
+
+    return _on_all_ranks(cfg, ["preflight", args.config, *args.overrides], run)
 
 
 def _replay(args: argparse.Namespace) -> int:
@@ -246,6 +292,13 @@ def _status(args: argparse.Namespace) -> int:
     return 0
 
 
+def _report(args: argparse.Namespace) -> int:
+    from megatron_prorl.report.report import report
+
+    print(report(args.folders, args.out, args.corpus))
+    return 0
+
+
 def _runs(args: argparse.Namespace) -> int:
     from megatron_prorl.tracking.tree import draw, find_runs, render
 
@@ -274,13 +327,6 @@ def _delete(args: argparse.Namespace) -> int:
 
     print(delete(args.run_dir))
     return 0
-def _report(args: argparse.Namespace) -> int:
-    from megatron_prorl.report.report import report
-
-    print(report(args.folders, args.out, args.corpus))
-    return 0
-
-
 
 
 def _convert(args: argparse.Namespace) -> int:

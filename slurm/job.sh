@@ -9,6 +9,7 @@
 #   PRORL_CONTAINER        image for pyxis instead of a virtual environment, such as /images/prorl.sqsh
 #   PRORL_MOUNTS           its --container-mounts (default: the folder of submission, at the same path)
 #   PRORL_LOGS             folder for the logs of the ranks (default slurm-logs)
+#   PRORL_CHAIN            a name for jobs that follow each other instead of beginning again (docs/slurm.md)
 #   PRORL_LEAVE_SECONDS    what the ranks have to leave in after the warning; see --signal (default 540)
 #   MASTER_ADDR, MASTER_PORT   where the ranks meet (default: the first node, a port of the job's own)
 set -uo pipefail
@@ -35,6 +36,11 @@ logs=${PRORL_LOGS:-slurm-logs}/$SLURM_JOB_ID/attempt-$attempt
 mkdir -p "$logs" || exit 2
 echo "$(date '+%F %T') attempt $attempt of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, logs in $logs"
 
+# Whether there is anything to do: a chain is over when one of its jobs had the last word.
+"${here[@]}" "${python[@]}" -m megatron_prorl.launch.attempts begin "$@"
+verdict=$?
+[ "$verdict" -eq 75 ] || exit "$verdict"
+
 # Every task is a rank: Slurm's numbers are torch's. A rank that ends leaves the others 60 s, in which those that are
 # well leave too. No CPU binding, because a node's engines and verifiers are children of its first rank.
 # shellcheck disable=SC2016  # the variables are the tasks' own
@@ -54,10 +60,11 @@ trap warned USR1
 until wait "$ranks"; code=$?; ! kill -0 "$ranks" 2>/dev/null; do :; done  # `wait` returns for the warning, too
 trap '' USR1
 
-"${here[@]}" "${python[@]}" -m megatron_prorl.launch.attempts "$code" "$@"
+"${here[@]}" "${python[@]}" -m megatron_prorl.launch.attempts end "$code" "$@"
 verdict=$?
-if [ "$verdict" -eq 75 ]; then
-    # The same job in the same queue, again from its last checkpoint. Slurm ends this shell for it.
-    scontrol requeue "$SLURM_JOB_ID" && sleep 600
+if [ "$verdict" -eq 75 ] && [ -z "${PRORL_CHAIN:-}" ]; then
+    # The same job in the same queue, again from its last checkpoint. Slurm ends this shell for it. A controller that is
+    # busy or restarted does not answer, which must not end a run of weeks.
+    for _ in {1..15}; do scontrol requeue "$SLURM_JOB_ID" && sleep 600; sleep 20; done
 fi
 exit "$verdict"

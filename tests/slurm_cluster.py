@@ -13,8 +13,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 PROGRAMS = ("munged", "munge", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo")
+ACCOUNTING_PROGRAMS = ("slurmdbd", "sacct", "sacctmgr", "mariadbd", "mariadb-install-db")
 NUM_NODES = 4
-READY_SECONDS = 30.0
+READY_SECONDS = 120.0  # 2 on a quiet machine
 
 SLURM_CONF = """\
 ClusterName=lab
@@ -51,12 +52,39 @@ NodeName=DEFAULT CPUs=8 RealMemory=16000 Gres=gpu:8 State=UNKNOWN
 PartitionName=test Nodes=node[1-4] Default=YES MaxTime=INFINITE State=UP OverTimeLimit=0
 """
 
+ACCOUNTING_CONF = """\
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=127.0.0.1
+AccountingStoragePort={port}
+AccountingStoragePass={folder}/munge.socket
+"""
 
-def missing() -> str:
+SLURMDBD_CONF = """\
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+CommunicationParameters=NoInAddrAny
+DbdHost=localhost
+DbdAddr=127.0.0.1
+DbdPort={port}
+SlurmUser=root
+StorageType=accounting_storage/mysql
+StorageHost=localhost
+StorageUser=root
+StorageLoc=slurm_acct
+LogFile={folder}/slurmdbd.log
+PidFile={folder}/slurmdbd.pid
+"""
+
+
+def missing(*, accounting: bool = False) -> str:
     """Why no cluster can be started here; empty if one can."""
     absent = [name for name in PROGRAMS if not _found(name)]
     if absent:
         return f"Slurm is not installed here: no {', '.join(absent)} (Debian: slurmctld slurmd slurm-client munge)"
+    absent = [name for name in ACCOUNTING_PROGRAMS if accounting and not _found(name)]
+    if absent:
+        packages = "slurmdbd mariadb-server-core mariadb-client-core"
+        return f"Slurm has no accounting here: no {', '.join(absent)} (Debian: {packages})"
     return "" if os.getuid() == 0 else "a Slurm of one's own needs root: slurmd starts tasks as other users"
 
 
@@ -81,22 +109,29 @@ class Cluster:
 
 
 @contextmanager
-def cluster(folder: Path) -> Iterator[Cluster]:
-    """Start one with its files in `folder`, whose path has to be short (sockets), and end it with its jobs."""
+def cluster(folder: Path, *, accounting: bool = False) -> Iterator[Cluster]:
+    """Start one with its files in `folder`, whose path has to be short (sockets), and end it with its jobs.
+
+    `accounting` gives it a database, which `sacct` asks.
+    """
     found = Cluster(folder)
     with ExitStack() as stack:
-        ports = _free_ports(1 + NUM_NODES)
+        controller_port, database_port, *node_ports = _free_ports(2 + NUM_NODES)
         nodes = "\n".join(
             f"NodeName=node{i} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port}"
-            for i, port in enumerate(ports[1:], start=1)
+            for i, port in enumerate(node_ports, start=1)
         )
-        conf = SLURM_CONF.format(folder=folder, controller_port=ports[0], nodes=nodes)
+        conf = SLURM_CONF.format(folder=folder, controller_port=controller_port, nodes=nodes)
+        if accounting:
+            conf += ACCOUNTING_CONF.format(folder=folder, port=database_port)
         (folder / "slurm.conf").write_text(conf)
         for i in range(8):  # to ask for, with no device behind it
             (folder / f"gpu{i}").touch()
         (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-7]\n")
         (folder / "state").mkdir()
         _start_munge(folder, stack)
+        if accounting:
+            _start_accounting(found, database_port, stack)
         _start(stack, folder, "slurmctld", "-D", "-f", str(folder / "slurm.conf"))
         _wait(lambda: "UP" in found.run("scontrol", "ping"), "slurmctld")
         stack.callback(_cancel_all, found)
@@ -118,9 +153,25 @@ def _start_munge(folder: Path, stack: ExitStack) -> None:
     _wait((folder / "munge.socket").exists, "munged")
 
 
-def _start(stack: ExitStack, folder: Path, program: str, *arguments: str) -> None:
+def _start_accounting(found: Cluster, port: int, stack: ExitStack) -> None:
+    folder, data, key = found.folder, found.folder / "database", found.folder / "database.socket"
+    conf = folder / "slurmdbd.conf"
+    conf.write_text(SLURMDBD_CONF.format(folder=folder, port=port))
+    conf.chmod(0o600)
+    install = ["mariadb-install-db", "--no-defaults", "--user=root", f"--datadir={data}", "--skip-test-db"]
+    subprocess.run([*install, "--auth-root-authentication-method=socket"], check=True, capture_output=True, timeout=120)
+    options = ["--innodb-buffer-pool-size=64M", "--innodb-lock-wait-timeout=900", "--innodb-flush-log-at-trx-commit=0"]
+    options += ["--no-defaults", "--user=root", f"--datadir={data}", f"--socket={key}", "--skip-networking"]
+    options.sort(key=lambda option: option != "--no-defaults")  # has to be the first
+    _start(stack, folder, "mariadbd", *options)
+    _wait(key.exists, "mariadbd")
+    _start(stack, folder, "slurmdbd", "-D", MYSQL_UNIX_PORT=str(key))
+    _wait(lambda: found.run("sacctmgr", "-n", "show", "cluster") is not None, "slurmdbd")
+
+
+def _start(stack: ExitStack, folder: Path, program: str, *arguments: str, **variables: str) -> None:
     log = stack.enter_context((folder / f"{program}.out").open("ab"))
-    environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
+    environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")} | variables
     process = subprocess.Popen(
         [_found(program), *arguments], env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
     )

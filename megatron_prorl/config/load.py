@@ -39,9 +39,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError([problem for detail in error.errors() for problem in describe(detail)]) from None
 
 
-def dump_config(cfg: Config) -> str:
-    """Every option with its value in force, as YAML that `load_config` reads back to the same configuration."""
-    return yaml.dump(cfg.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+def dump_config(cfg: Config, *, given_only: bool = False) -> str:
+    """Every option (or those that were given) with its value, as YAML that `load_config` reads back to the same one."""
+    options = cfg.model_dump(exclude_unset=given_only)
+    return yaml.dump(options, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -144,14 +145,14 @@ def _index(place: Any, part: str, walked: list[str], key: str) -> Any:
     )
 
 
-def describe(detail: Any) -> list[str]:
-    """The problems of one pydantic error, each `where: what`."""
+def describe(detail: Any, root: type[Section] = Config) -> list[str]:
+    """The problems of one pydantic error about a document of the form `root`, each `where: what`."""
     kind, context, location = detail["type"], detail.get("ctx", {}), detail["loc"]
     if kind == "problems":
         return list(context["problems"])
     where = ".".join(str(part) for part in location)
     if kind == "extra_forbidden":
-        return [f"{where}: no such option; {_suggestion(location)}"]
+        return [f"{where}: no such option; {_suggestion(location, root)}"]
     if kind == "missing":
         return [f"{where}: required, but not given"]
     bounds = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
@@ -172,10 +173,10 @@ def describe(detail: Any) -> list[str]:
     return [f"{where}: expected {expected}, got {_show(detail['input'])}" if expected else f"{where}: {detail['msg']}"]
 
 
-def _suggestion(location: Sequence[str | int]) -> str:
+def _suggestion(location: Sequence[str | int], root: type[Section]) -> str:
     """The nearest option of the same section, else the same name in another section, else what the section has."""
     *parents, unknown = location
-    section: type[Section] = Config
+    section = root
     for part in parents:
         section = section if isinstance(part, int) else _section_type(section.model_fields[part].annotation) or section
     prefix = "".join(f"{part}." for part in parents)
@@ -183,7 +184,7 @@ def _suggestion(location: Sequence[str | int]) -> str:
     nearest = min(section.model_fields, key=lambda option: _edit_distance(name, option))
     if _edit_distance(name, nearest) <= max(2, len(name) // 3):
         return f"did you mean {prefix}{nearest}?"
-    elsewhere = [option for option in _all_options(Config) if option.rpartition(".")[2] == name]
+    elsewhere = [option for option in _all_options(root) if option.rpartition(".")[2] == name]
     if elsewhere:
         return f"did you mean {' or '.join(elsewhere)}?"
     return f"{prefix.removesuffix('.') or 'the file'} has {', '.join(section.model_fields)}"

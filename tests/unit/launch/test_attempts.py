@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_prorl.checkpoint import folders
-from megatron_prorl.launch.attempts import ATTEMPTS_FILE, judge
+from megatron_prorl.launch.attempts import ATTEMPTS_FILE, begin, judge
 
 
 def save(run_dir: Path, step: int) -> None:
@@ -18,6 +19,16 @@ def save(run_dir: Path, step: int) -> None:
     temporary = folders.begin(folder, 0)
     (temporary / folders.STATE).write_text(json.dumps({"progress": {"step": step}}))
     folders.commit(folder)
+
+
+@pytest.fixture(autouse=True)
+def no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "PRORL_CHAIN"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / ATTEMPTS_FILE).read_text().splitlines()]
 
 
 def verdicts(run_dir: Path, *codes: int) -> list[int]:
@@ -63,10 +74,66 @@ def test_the_report_names_the_attempts(tmp_path: Path, monkeypatch: pytest.Monke
         f"4711, restart {restart}: exit code {code}, no cause was told"
         for restart, code in ((1, 137), (2, 75), (3, 139))
     ]
-    rows = [json.loads(line) for line in (tmp_path / ATTEMPTS_FILE).read_text().splitlines()]
-    assert [(row["code"], row["step"], row["in_vain"]) for row in rows] == [
+    assert [(row["code"], row["step"], row["in_vain"]) for row in rows(tmp_path)] == [
         (1, 50, 0),
         (137, 50, 1),
         (75, 50, 2),
         (139, 50, 3),
     ]
+
+
+def test_an_attempt_whose_end_nobody_saw_is_noted_by_the_next_and_counts(tmp_path: Path) -> None:
+    found = [begin(tmp_path) for _ in range(4)]
+    assert [verdict for verdict, _ in found] == [75, 75, 75, 1]
+    text = found[-1][1]
+    assert text.startswith("3 attempts in a row saved nothing after step 0, so no other is made:")
+    assert text.count("ended by Slurm or with its node, no cause was told") == 3
+    assert [row["in_vain"] for row in rows(tmp_path)] == [1, 2, 3]
+
+
+def test_an_attempt_that_ended_by_itself_is_noted_once(tmp_path: Path) -> None:
+    for _ in range(2):
+        assert begin(tmp_path) == (75, "")
+        assert judge(tmp_path, 1)[0] == 75
+    assert [row["code"] for row in rows(tmp_path)] == [1, 1]
+
+
+def in_job(monkeypatch: pytest.MonkeyPatch, job: int, chain: str = "", restart: int = 0) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", str(job))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+    monkeypatch.setenv("PRORL_CHAIN", chain)
+
+
+@pytest.mark.parametrize(
+    ("codes", "last"), [((0,), 0), ((2,), 2), ((3,), 3), ((139, 139, 139), 139), ((75, 75, 75), 1)]
+)
+def test_once_a_chain_has_ended_its_other_jobs_end_at_once_and_another_chain_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codes: tuple[int, ...], last: int
+) -> None:
+    for job, code in enumerate(codes):
+        in_job(monkeypatch, job, "prorl_1")
+        assert begin(tmp_path)[0] == 75
+        judge(tmp_path, code)
+    before = len(rows(tmp_path))
+    in_job(monkeypatch, 100, "prorl_1")
+    verdict, text = begin(tmp_path)
+    assert (verdict, len(rows(tmp_path))) == (last, before)
+    assert text == f"job {len(codes) - 1} has ended this chain with exit code {last}"
+    in_job(monkeypatch, 101, "prorl_2")
+    assert begin(tmp_path)[0] == 75
+
+
+def test_jobs_of_a_chain_count_together_and_other_jobs_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for job in range(2):
+        in_job(monkeypatch, job, "prorl_1")
+        judge(tmp_path, 1)
+    in_job(monkeypatch, 2)
+    assert judge(tmp_path, 1)[0] == 75
+    assert [row["in_vain"] for row in rows(tmp_path)] == [1, 2, 1]
+
+
+def test_a_job_that_somebody_requeues_after_its_end_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_job(monkeypatch, 7, "prorl_1")
+    judge(tmp_path, 2)
+    in_job(monkeypatch, 7, "prorl_1", restart=1)
+    assert begin(tmp_path)[0] == 75

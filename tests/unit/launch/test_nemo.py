@@ -1,0 +1,162 @@
+"""The scripts that `prorl launch` would submit, in full; `python tests/unit/launch/test_nemo.py` writes them anew."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_prorl.errors import UserError
+from megatron_prorl.launch import prorl_task
+from megatron_prorl.launch.site import Site, SlurmSite, Tunnel
+
+pytest.importorskip("nemo_run", reason="NeMo-Run is not installed")
+
+from megatron_prorl.launch import nemo  # noqa: E402
+
+REPOSITORY = Path(__file__).parents[3]
+SCRIPTS = Path(__file__).parent / "scripts"
+CHECKOUT = "/shared/me/megatron_prorl"
+VENV = SlurmSite(
+    account="my_account",
+    partition="batch",
+    gpus_per_node=8,
+    checkout=CHECKOUT,
+    venv=f"{CHECKOUT}/.venv",
+    setup="module load cuda\nexport NCCL_SOCKET_IFNAME=ib0\n",
+    sbatch={"qos": "high"},
+)
+CONTAINER = SlurmSite(
+    account="my_account",
+    gpus_per_node=8,
+    checkout=CHECKOUT,
+    container="/shared/me/prorl.sqsh",
+    mounts=["/shared/me:/shared/me"],
+    warn_seconds=900,
+    srun=["--mpi=pmix"],
+    tunnel=Tunnel(kind="ssh", host="login.cluster.example", user="me", job_dir="/shared/me/jobs"),
+)
+LAUNCHES: dict[str, dict[str, Any]] = {
+    "venv_chain.sh": {"site": VENV, "jobs": 20},
+    "venv_one_job.sh": {"site": VENV, "jobs": 1, "time_limit": "2-00:00:00"},
+    "container_ssh_chain.sh": {"site": CONTAINER, "jobs": 20},
+}
+CONFIG = {
+    "run_dir": "runs/golden",
+    "steps": 3000,
+    "model": {"path": "models/model"},
+    "parallel": {"nodes": 4, "ranks_per_node": 8},
+    "data": {"tasks": [{"task": "gcd"}]},
+    "rollout": {
+        "prompts_per_step": 256,
+        "rollouts_per_prompt": 16,
+        "max_prompt_tokens": 1024,
+        "max_response_tokens": 7168,
+        "engines": {"count": 32},
+    },
+    "optimizer": {"learning_rate": 2e-6},
+}
+
+
+@pytest.fixture(autouse=True)
+def home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEMORUN_HOME", "/home/me/.nemo_run")
+
+
+def plan(folder: Path, site: SlurmSite | None, *overrides: str, **options: Any) -> nemo.Plan:
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    executor = options.pop("executor", "slurm")
+    return nemo.Plan(task=prorl_task(path, *overrides), executor=executor, site=Site(slurm=site), **options)
+
+
+def script(folder: Path, name: str) -> str:
+    return nemo.dry_run(plan(folder, **LAUNCHES[name]), chain="20260101000000")
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_the_script_is_this_one(tmp_path: Path, name: str) -> None:
+    assert script(tmp_path, name) == (SCRIPTS / name).read_text()
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_the_script_is_one_that_bash_reads(name: str) -> None:
+    subprocess.run(["bash", "-n", str(SCRIPTS / name)], check=True)
+
+
+def test_a_dry_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEMORUN_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    before = sorted([*os.listdir(tmp_path), "config.yaml"])
+    script(tmp_path, "venv_chain.sh")
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_the_local_executor_judges_its_attempts_too(tmp_path: Path) -> None:
+    local = plan(tmp_path, None, "parallel.nodes=1", "rollout.engines.count=8", executor="local")
+    words = f"{tmp_path}/config.yaml parallel.nodes=1 rollout.engines.count=8"
+    assert [line for line in nemo.dry_run(local).splitlines() if sys.executable in line] == [
+        f"{sys.executable} -m megatron_prorl.launch.attempts begin {words}",
+        f"{sys.executable} -m megatron_prorl.cli train {words}",
+        f"exec {sys.executable} -m megatron_prorl.launch.attempts end $? {words}",
+    ]
+
+
+def test_the_task_is_a_fiddle_configuration_that_can_be_changed(tmp_path: Path) -> None:
+    task = plan(tmp_path, VENV).task
+    task.overrides.append("steps=10")
+    changed = nemo.Plan(task=task, executor="slurm", site=Site(slurm=VENV))
+    assert changed.cfg.steps == 10
+    assert "\nsteps: 10\n" in nemo.dry_run(changed)
+
+
+@pytest.mark.parametrize(
+    ("site", "options", "line"),
+    [
+        (VENV, {"jobs": 0}, "--jobs: expected at least 1, got 0"),
+        (None, {}, "site: no section slurm; examples/site.yaml has one"),
+        (VENV, {"executor": "local"}, "--executor local: one node, not parallel.nodes = 4"),
+        (
+            VENV.model_copy(update={"checkout": None}),
+            {},
+            "run_dir: runs/golden: has to be absolute, or slurm.checkout given in the site file",
+        ),
+    ],
+)
+def test_what_cannot_be_launched_is_one_line(
+    tmp_path: Path, site: SlurmSite | None, options: dict[str, Any], line: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        plan(tmp_path, site, **options)
+    assert str(caught.value) == line
+
+
+def test_a_path_that_nemo_run_would_replace_is_refused(tmp_path: Path) -> None:
+    site = VENV.model_copy(update={"venv": "/shared/nemo_run/venv"})
+    with pytest.raises(UserError, match="NeMo-Run replaces /nemo_run in paths; use another one"):
+        nemo.dry_run(plan(tmp_path, site))
+
+
+def test_without_nemo_run_there_is_one_clear_line(tmp_path: Path) -> None:
+    """A finder that knows no nemo_run stands for a machine without it; reading the module imports it not."""
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    code = (
+        "import sys; sys.modules['nemo_run'] = None; from megatron_prorl.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    words = ["launch", str(tmp_path / "config.yaml"), "--site", str(REPOSITORY / "examples" / "site.yaml"), "--dry-run"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (2, "error: NeMo-Run is not installed here; pip install -e '.[launch]'\n")
+
+
+if __name__ == "__main__":
+    os.environ["NEMORUN_HOME"] = "/home/me/.nemo_run"
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as written:
+        for each in LAUNCHES:
+            (SCRIPTS / each).write_text(script(Path(written), each))
