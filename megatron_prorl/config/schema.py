@@ -49,6 +49,9 @@ class ParallelConfig(Section):
 class TaskConfig(Section):
     task: str = Field(description="Reasoning Gym task name")
     weight: float = Field(1.0, ge=0, description="share of the mix, relative to the other tasks and sources")
+    level: NonNegative | None = Field(
+        None, description="step of the task's curriculum in Reasoning Gym, which sets params; those given go before"
+    )
     params: dict[str, Any] = Field(default_factory=dict, description="passed to the task's dataset")
 
 
@@ -172,6 +175,9 @@ class ShapingConfig(Section):
         0, description="DAPO soft overlong punishment: the penalty grows over the last so many tokens; 0 is off"
     )
     overlong_penalty: float = Field(1.0, ge=0, description="penalty at the full length")
+    cosine_penalty: float = Field(
+        0.0, ge=0, description="ProRL v2 cosine length penalty: grows with the length to this at the full length"
+    )
     unterminated_penalty: float = Field(
         0.0, ge=0, description="subtracted from the reward of a response without an end token ('stop properly')"
     )

@@ -137,10 +137,9 @@ class Generator:
     """Makes problems; runs in the child process and answers a draw, "held out", or "digests", in plain JSON."""
 
     def __init__(self, argument: dict[str, Any]) -> None:
-        self.cfg = DataConfig(**argument["cfg"])
+        cfg = DataConfig(**argument["cfg"])
+        self.cfg = cfg.model_copy(update={"tasks": check_tasks(cfg.tasks)}) if cfg.tasks else cfg
         self.seed: int = argument["seed"]
-        if self.cfg.tasks:
-            check_tasks(self.cfg.tasks)
         self.mixture = mixture(self.cfg, self.seed, argument.get("start_draw", 0), argument.get("given", ()))
         files = _open_files(self.cfg.sources)
         self.digests = {str(file.path): file.digest for pair in files for file in pair}
@@ -256,11 +255,14 @@ def _open_files(sources: list[SourceConfig]) -> list[tuple[ProblemFile, ProblemF
     return files
 
 
-def check_tasks(tasks: list[TaskConfig]) -> None:
-    """Raises UserError, with the nearest name, for a task or parameter that Reasoning Gym lacks or refuses."""
+def check_tasks(tasks: list[TaskConfig]) -> list[TaskConfig]:
+    """The tasks with the parameters of their levels. Raises UserError, with the nearest name, for a task or parameter
+    that Reasoning Gym lacks or refuses.
+    """
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
 
+    found: list[TaskConfig] = []
     for i, task in enumerate(tasks):
         where = f"data.tasks.{i}"
         if task.task not in DATASETS:
@@ -269,7 +271,10 @@ def check_tasks(tasks: list[TaskConfig]) -> None:
         for name in task.params:
             if name not in known:
                 raise UserError(f"{where}.params.{name}: {task.task} has no such parameter{_nearest(name, known)}")
-        if any(task.task == other.task and task.params == other.params for other in tasks[:i]):
+        if task.level is not None:
+            params = _level_params(task.task, task.level, where) | task.params
+            task = task.model_copy(update={"level": None, "params": params})
+        if any(task.task == other.task and task.params == other.params for other in found):
             raise UserError(
                 f"{where}: {task.task} with these params is there twice; give it one entry and a larger weight"
             )
@@ -278,6 +283,31 @@ def check_tasks(tasks: list[TaskConfig]) -> None:
         except Exception as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise UserError(f"{where}.params: {task.task} refuses {json.dumps(task.params)}: {reason}") from error
+        found.append(task)
+    return found
+
+
+def _level_params(task: str, level: int, where: str) -> dict[str, Any]:
+    """What a task's curriculum sets at a level from 0. An attribute with fewer levels stays at its highest; one with a
+    lower and an upper bound has the lower of level 0.
+    """
+    from reasoning_gym.coaching import RangeAttributeDefinition
+    from reasoning_gym.factory import create_curriculum, has_curriculum
+
+    if not has_curriculum(task):
+        raise UserError(f"{where}.level: {task} has no curriculum in Reasoning Gym; set its params instead")
+    curriculum = create_curriculum(task)
+    attributes = curriculum.attributes.values()
+    highest = max(len(attribute.levels) for attribute in attributes) - 1
+    if level > highest:
+        raise UserError(f"{where}.level: {task} has the levels 0 to {highest}, not {level}")
+    curriculum.set_global_level(level)
+    config = curriculum.generate_configuration()
+    names: list[str] = []
+    for attribute in attributes:
+        is_range = isinstance(attribute, RangeAttributeDefinition)
+        names += [attribute.lower_field_name, attribute.upper_field_name] if is_range else [attribute.field_name]
+    return {name: getattr(config, name) for name in names}
 
 
 def _nearest(name: str, known: Any) -> str:

@@ -30,6 +30,10 @@ SMALL_TASKS = [  # 90, 17 * 17 and about 28,000 different questions
 ]
 
 
+# Reasoning Gym's curriculum of gcd: 2, 3, 4 or 5 numbers; values from 100 to 1,000, 10,000 or 100,000.
+LEVEL_1 = {"min_numbers": 2, "max_numbers": 3, "min_value": 100, "max_value": 10_000}
+
+
 def question(problem) -> str:
     return problem.messages[-1]["content"]
 
@@ -123,12 +127,41 @@ def test_another_seed_gives_other_problems():
             "data.tasks.0: gcd: too few different problems to hold any out; "
             "choose larger params or fewer data.validation_problems",
         ),
+        ([{"task": "gcd", "level": 4}], "data.tasks.0.level: gcd has the levels 0 to 3, not 4"),
+        (
+            [{"task": "gsm_symbolic", "level": 0}],
+            "data.tasks.0.level: gsm_symbolic has no curriculum in Reasoning Gym; set its params instead",
+        ),
+        (
+            [{"task": "gcd", "level": 1}, {"task": "gcd", "params": LEVEL_1}],
+            "data.tasks.1: gcd with these params is there twice; give it one entry and a larger weight",
+        ),
     ],
 )
 def test_a_bad_task_is_one_line(tasks: list[dict], message: str):
     with pytest.raises(UserError) as caught:
         generator(DataConfig(tasks=tasks, system_prompt=PROMPT), seed=0)
     assert str(caught.value) == message
+
+
+def test_a_level_sets_the_parameters_of_the_curriculum_and_given_ones_go_before():
+    tasks = [
+        TaskConfig(task="gcd", level=1),
+        TaskConfig(task="gcd", level=3, params={"max_value": 200}),
+        TaskConfig(task="gcd"),
+    ]
+    made = generator(DataConfig(tasks=tasks, validation_problems=3, system_prompt=PROMPT), seed=0)
+    hardest = {"min_numbers": 2, "max_numbers": 5, "min_value": 100, "max_value": 200}
+    assert [problem.verification["params"] for problem in made.validation] == [LEVEL_1, hardest, {}]
+
+
+def test_a_level_gives_the_problems_of_its_parameters():
+    level, spelt_out = (
+        generator(DataConfig(tasks=[task], validation_problems=5, system_prompt=PROMPT), seed=3)
+        for task in (TaskConfig(task="gcd", level=1), TaskConfig(task="gcd", params=LEVEL_1))
+    )
+    assert level.validation == spelt_out.validation
+    assert [level.problem(draw) for draw in range(20)] == [spelt_out.problem(draw) for draw in range(20)]
 
 
 def test_a_bad_task_is_told_before_a_run_starts_anything_else():
