@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from megatron_prorl.algo.advantage import group_advantages, reinforce_pp_baseline
-from megatron_prorl.algo.shaping import soft_overlong_penalties, unterminated_penalties
+from megatron_prorl.algo.shaping import cosine_penalties, soft_overlong_penalties, unterminated_penalties
 from megatron_prorl.config.schema import AlgorithmConfig, ShapingConfig
 from megatron_prorl.types import Group, Sample
 
@@ -43,13 +43,18 @@ def _samples(group: Group, advantages_G: list[float]) -> list[Sample]:
 def shaped_rewards(group: Group, shaping: ShapingConfig, *, max_response_tokens: int) -> list[float]:
     """The verifier's scores of a group, less the penalties for length and for a missing end token."""
     completions = [rollout.completion for rollout in group.rollouts]
+    lengths = [len(completion.token_ids) for completion in completions]
     overlong = soft_overlong_penalties(
-        [len(completion.token_ids) for completion in completions],
+        lengths,
         max_response_tokens=max_response_tokens,
         buffer_tokens=shaping.overlong_buffer_tokens,
         penalty=shaping.overlong_penalty,
     )
+    cosine = cosine_penalties(lengths, max_response_tokens=max_response_tokens, penalty=shaping.cosine_penalty)
     unterminated = unterminated_penalties(
         [completion.finish_reason for completion in completions], penalty=shaping.unterminated_penalty
     )
-    return [rollout.verdict.score + a + b for rollout, a, b in zip(group.rollouts, overlong, unterminated, strict=True)]
+    return [
+        rollout.verdict.score + sum(penalties)
+        for rollout, *penalties in zip(group.rollouts, overlong, cosine, unterminated, strict=True)
+    ]

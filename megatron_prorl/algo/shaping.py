@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from megatron_prorl.types import FinishReason
@@ -19,6 +20,16 @@ def soft_overlong_penalties(
         return [0.0] * len(num_response_tokens)
     threshold = max_response_tokens - buffer_tokens
     return [-penalty * min(max(length - threshold, 0) / buffer_tokens, 1.0) for length in num_response_tokens]
+
+
+def cosine_penalties(num_response_tokens: Sequence[int], *, max_response_tokens: int, penalty: float) -> list[float]:
+    """ProRL v2's cosine length penalty: 0 at length 0, -penalty at max_response_tokens, half a cosine in between.
+
+    The write-up gives eta_min + (eta_max - eta_min) (1 + cos(pi t / T)) / 2 and neither eta: eta_max is 0 here, and
+    eta_min -penalty. On for 100 steps and off for 500, which a plan's stages say (examples/presets/prorl_v2.yaml).
+    """
+    shares = (min(length / max_response_tokens, 1.0) for length in num_response_tokens)
+    return [-penalty * (1.0 - math.cos(math.pi * share)) / 2.0 for share in shares]
 
 
 def unterminated_penalties(finish_reasons: Sequence[FinishReason], *, penalty: float) -> list[float]:

@@ -28,9 +28,10 @@ class ConfigError(UserError):
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration in the YAML file `path`, with `overrides` on top, such as "data.tasks.0.weight=2".
 
+    `extends: FILE`, or a list of files, relative to the file that says so, puts theirs below its own options.
     Raises ConfigError for a missing file, bad YAML, unknown or missing keys, wrong types and options that do not fit.
     """
-    document = read_yaml(path)
+    document = _with_bases(Path(path))
     for override in overrides:
         _apply(override, document)
     try:
@@ -58,6 +59,34 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise ConfigError([f"{path}: expected `key: value` lines, got {_show(document)}"])
     return document
+
+
+def _with_bases(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The file's options on top of those of the files that it extends; `above` are those that extend it."""
+    document = read_yaml(path)
+    bases = document.pop("extends", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError([f"{path}: extends: expected a file or a list of files, got {_show(bases)}"])
+    above = (*above, path.resolve())
+    merged: dict[str, Any] = {}
+    for base in (path.parent / base for base in bases):
+        if base.resolve() in above:
+            raise ConfigError([f"{path}: extends: {base} extends this file itself"])
+        merged = _merged(merged, _with_bases(base, above))
+    return _merged(merged, document)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Section by section; lists and everything else of `above` as a whole."""
+    both = {
+        key: _merged(below[key], above[key]) for key in below.keys() & above.keys() if _are_sections(below, above, key)
+    }
+    return below | above | both
+
+
+def _are_sections(below: dict[str, Any], above: dict[str, Any], key: str) -> bool:
+    return isinstance(below[key], dict) and isinstance(above[key], dict)
 
 
 class _Loader(yaml.SafeLoader):

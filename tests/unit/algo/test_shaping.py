@@ -1,4 +1,6 @@
-from megatron_prorl.algo.shaping import soft_overlong_penalties, unterminated_penalties
+import pytest
+
+from megatron_prorl.algo.shaping import cosine_penalties, soft_overlong_penalties, unterminated_penalties
 
 
 def test_soft_overlong_penalty_equals_the_numbers_by_hand():
@@ -19,3 +21,9 @@ def test_no_buffer_punishes_nothing():
 
 def test_only_responses_without_an_end_token_are_penalised():
     assert unterminated_penalties(["stop", "length", "stop"], penalty=0.3) == [0.0, -0.3, 0.0]
+
+
+def test_cosine_penalty_equals_the_numbers_by_hand():
+    """(1 - cos(pi l / L)) / 2 is 0 at 0, 0.25 at a third, 0.5 at the half, 0.75 at two thirds and 1 from L on."""
+    penalties = cosine_penalties([0, 100, 150, 200, 300, 400], max_response_tokens=300, penalty=0.4)
+    assert penalties == pytest.approx([0.0, -0.1, -0.2, -0.3, -0.4, -0.4])

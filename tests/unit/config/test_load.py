@@ -389,3 +389,72 @@ def test_the_paper_s_recipe_is_the_paper_s() -> None:
     assert (cfg.optimizer.learning_rate, cfg.rollout.prompts_per_step // cfg.optimizer.updates_per_step) == (2e-6, 64)
     held_back = {"acre", "boxnet", "game_of_life_halting"}
     assert not held_back & {task.task for task in cfg.data.tasks}
+
+
+def write(path: Path, document: dict[str, Any]) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+def test_a_file_goes_over_those_that_it_extends_section_by_section(base: Path, tmp_path: Path) -> None:
+    write(tmp_path / "method" / "common.yaml", {"algorithm": {"clip_low": 0.1, "clip_high": 0.1}, "seed": 1})
+    method = {"extends": "common.yaml", "algorithm": {"clip_high": 0.3}, "data": {"tasks": [{"task": "lcm"}]}}
+    write(tmp_path / "method" / "this.yaml", method)
+    path = write(
+        tmp_path / "run.yaml",
+        {"extends": [str(base), "method/this.yaml"], "run_dir": "runs/other", "rollout": {"prompts_per_step": 8}},
+    )
+    cfg = load_config(path, ["algorithm.clip_low=0.15"])
+    assert (cfg.algorithm.clip_low, cfg.algorithm.clip_high, cfg.seed, cfg.run_dir) == (0.15, 0.3, 1, "runs/other")
+    assert (cfg.rollout.prompts_per_step, cfg.rollout.rollouts_per_prompt) == (8, 4)
+    assert [task.task for task in cfg.data.tasks] == ["lcm"], "a list is one thing"
+
+
+@pytest.mark.parametrize(
+    ("bases", "line"),
+    [
+        ("none.yaml", "none.yaml: no such file or directory"),
+        (3, "extends: expected a file or a list of files, got 3"),
+        (["other.yaml"], "extends this file itself"),
+    ],
+)
+def test_bases_that_cannot_be_are_one_line(tmp_path: Path, bases: Any, line: str) -> None:
+    path = write(tmp_path / "run.yaml", BASE | {"extends": bases})
+    write(tmp_path / "other.yaml", {"extends": "run.yaml"})
+    found = complaint(path)
+    assert line in found and len(found.splitlines()) == 1
+
+
+PRESETS = sorted((EXAMPLES / "presets").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_fits_the_paper_s_model_and_machines(tmp_path: Path, preset: Path) -> None:
+    """Under a recipe that sets no method of its own; what a preset sets is in force."""
+    recipe = yaml.safe_load((EXAMPLES / "prorl_1p5b.yaml").read_text())
+    for section in ("algorithm", "reset"):
+        recipe.pop(section)
+    for key in ("prompts_per_step", "rollouts_per_prompt", "temperature", "dynamic_sampling"):
+        recipe["rollout"].pop(key)
+    recipe.pop("optimizer")
+    below = write(tmp_path / "recipe.yaml", recipe)
+    cfg = load_config(write(tmp_path / "run.yaml", {"extends": [str(below), str(preset)]}))
+    given = yaml.safe_load(preset.read_text())
+    assert cfg.optimizer.updates_per_step == given["optimizer"].get("updates_per_step", 4)
+    assert cfg.rollout.rollouts_per_prompt == given["rollout"].get("rollouts_per_prompt", 16)
+
+
+def test_the_paper_s_recipe_is_the_preset_but_for_when_it_resets() -> None:
+    recipe, preset = (
+        yaml.safe_load((EXAMPLES / name).read_text()) for name in ("prorl_1p5b.yaml", "presets/prorl_v1.yaml")
+    )
+    for section in ("rollout", "optimizer", "algorithm"):
+        for key, value in preset[section].items():
+            assert recipe[section][key] == value, f"{section}.{key}"
+    assert recipe["reset"]["optimizer"] == preset["reset"]["optimizer"]
+
+
+def test_v2_s_stages_last_as_long_as_the_run() -> None:
+    preset = yaml.safe_load((EXAMPLES / "presets" / "prorl_v2.yaml").read_text())
+    assert sum(stage["steps"] for stage in preset["stages"]) == preset["steps"]
