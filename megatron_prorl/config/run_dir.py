@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from megatron_prorl.config.load import ConfigError, dump_config, load_config, read_yaml
 from megatron_prorl.config.schema import Config
 from megatron_prorl.errors import UserError
@@ -39,7 +41,7 @@ def check_run_dir(cfg: Config) -> list[str]:
     recorded = run_dir / "config.yaml"
     if not recorded.is_file() or not _has_begun(run_dir):
         return []
-    different = differences(read_yaml(recorded), cfg.model_dump())
+    different = differences(_completed(read_yaml(recorded)), cfg.model_dump())
     changed = {key: f"{key} was {was}, is {now}" for key, (was, now) in different.items() if key != "run_dir"}
     if refused := [text for key, text in changed.items() if not _may_change(key)]:
         raise ConfigError(
@@ -56,6 +58,14 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[
     old, new = _flatten(before), _flatten(now)
     both = {key: (old.get(key, "absent"), new.get(key, "absent")) for key in sorted(old.keys() | new.keys())}
     return {key: (one, other) for key, (one, other) in both.items() if one != other}
+
+
+def _completed(recorded: dict[str, Any]) -> dict[str, Any]:
+    """With the defaults of options that came after it was recorded: by default a new option changes nothing."""
+    try:
+        return Config.model_validate(recorded, strict=True).model_dump()
+    except ValidationError:  # it has options that are gone
+        return recorded
 
 
 def run_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -56,6 +56,20 @@ def test_what_may_change_is_named(begun: Path) -> None:
     ]  # fmt: skip
 
 
+def test_an_option_that_came_after_the_run_began_has_its_default_there(begun: Path) -> None:
+    recorded = (begun / "config.yaml").read_text().splitlines(keepends=True)
+    (begun / "config.yaml").write_text("".join(line for line in recorded if "cosine_penalty" not in line))
+    assert check_run_dir(config(begun)) == []
+    with pytest.raises(ConfigError, match=r"algorithm\.shaping\.cosine_penalty was 0\.0, is 0\.5"):
+        check_run_dir(config(begun, "algorithm.shaping.cosine_penalty=0.5"))
+
+
+def test_an_option_that_is_gone_is_a_difference(begun: Path) -> None:
+    (begun / "config.yaml").write_text((begun / "config.yaml").read_text() + "gone: 3\n")
+    with pytest.raises(ConfigError, match="gone was 3, is absent"):
+        check_run_dir(config(begun))
+
+
 def test_a_task_added_to_a_resumed_run_is_a_difference(begun: Path) -> None:
     cfg = config(begun)
     task = cfg.data.tasks[0].model_copy(update={"task": "gcd"})
