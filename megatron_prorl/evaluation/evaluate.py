@@ -28,8 +28,8 @@ from megatron_prorl.evaluation.cache import SampleCache, Spec, differences
 from megatron_prorl.evaluation.display import CountDisplay
 from megatron_prorl.evaluation.model import Model, open_model
 from megatron_prorl.evaluation.plots import pass_at_k_curves
-from megatron_prorl.evaluation.results import by_task, summarise, table
-from megatron_prorl.evaluation.suite import Suite, digest, make_problems
+from megatron_prorl.evaluation.results import by_task, lengths_by_domain, summarise, table
+from megatron_prorl.evaluation.suite import Suite, about_tasks, digest, make_problems
 from megatron_prorl.rollout.client import EngineClient, EngineDied
 from megatron_prorl.rollout.dispatch import Dispatcher
 from megatron_prorl.rollout.engine import EngineSupervisor
@@ -76,12 +76,19 @@ def evaluate(suite: Suite, models: Mapping[str, str], settings: Settings, out: P
             found = {
                 model.name: _samples_of(model, specs[model.name], problems, settings, out, pool) for model in opened
             }
+        about = about_tasks(suite, problems)
         results = {
-            "suite": {"name": suite.name, "digest": digest(problems), "description": suite.cfg.description},
+            "suite": {
+                "name": suite.name,
+                "digest": digest(problems),
+                "description": suite.cfg.description,
+                "tasks": about,
+            },
             "specs": specs,
             "differences": differ,
             "paths": {model.name: model.given for model in opened},
             **summarise(found, settings.seed),
+            "lengths": lengths_by_domain(found, {task: of_task["domain"] for task, of_task in about.items()}),
         }
         _write(out / "results.json", json.dumps(results, indent=1) + "\n")
         _write(out / "summary.md", _head(results) + table(results))

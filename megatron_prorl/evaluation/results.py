@@ -23,12 +23,15 @@ from megatron_prorl.evaluation.estimators import (
 )
 
 OVERALL = "overall"
+LENGTH_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 ByTask = Mapping[str, Sequence[Sequence[Sample]]]  # for every problem of a task its n samples
 
 
 def summarise(models: Mapping[str, ByTask], seed: int) -> dict[str, Any]:
     """Plain JSON: "k", "models" (by name: "overall" and "tasks") and "comparisons" with the first model.
+
+    A task's "correct" are the numbers of samples that pass, problem by problem.
 
     A sample passes if its score is 1. "overall" is the mean over tasks. Intervals are of 95%, over problems.
     """
@@ -40,13 +43,28 @@ def summarise(models: Mapping[str, ByTask], seed: int) -> dict[str, Any]:
         best = _values(tasks, ks, passed=False)
         found["models"][name] = {
             OVERALL: _summary(tasks, list(passes[name].values()), list(best.values()), seed),
-            "tasks": {task: _summary({task: tasks[task]}, [passes[name][task]], [best[task]], seed) for task in tasks},
+            "tasks": {
+                task: _summary({task: tasks[task]}, [passes[name][task]], [best[task]], seed)
+                | {"correct": [sum(sample.score >= 1.0 for sample in samples) for samples in tasks[task]]}
+                for task in tasks
+            },
         }
     first, *others = passes
     found["comparisons"] = [
         _comparison(other, first, passes[other], passes[first], column, ks[column], seed)
         for other, column in itertools.product(others, sorted({0, len(ks) - 1}))
     ]
+    return found
+
+
+def lengths_by_domain(models: Mapping[str, ByTask], domains: Mapping[str, str]) -> dict[str, Any]:
+    """Of each model's samples by the domain of their task: how many tokens they have, and how many were cut."""
+    found: dict[str, Any] = {}
+    for name, tasks in models.items():
+        samples: defaultdict[str, list[Sample]] = defaultdict(list)
+        for task, problems in tasks.items():
+            samples[domains[task]] += itertools.chain.from_iterable(problems)
+        found[name] = {domain: _lengths(of_domain) for domain, of_domain in sorted(samples.items())}
     return found
 
 
@@ -114,6 +132,24 @@ def _summary(tasks: ByTask, passes: list[Floats], best: list[Floats], seed: int)
         "tokens": sum(sample.num_tokens for sample in samples) / len(samples),
         "truncated": sum(sample.truncated for sample in samples) / len(samples),
         "reasons": dict(sorted(Counter(sample.reason for sample in samples).items())),
+    }
+
+
+def _lengths(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Mean, the mean of those that pass and of the others (null where there are none), and LENGTH_QUANTILES."""
+    lengths = np.array([sample.num_tokens for sample in samples])
+    passed = np.array([sample.score >= 1.0 for sample in samples])
+
+    def mean(chosen: Any) -> float | None:
+        return float(lengths[chosen].mean()) if chosen.any() else None
+
+    return {
+        "samples": len(samples),
+        "tokens": float(lengths.mean()),
+        "tokens_right": mean(passed),
+        "tokens_wrong": mean(~passed),
+        "quantiles": np.quantile(lengths, LENGTH_QUANTILES).tolist(),
+        "truncated": sum(sample.truncated for sample in samples) / len(samples),
     }
 
 

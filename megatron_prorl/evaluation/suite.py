@@ -39,12 +39,15 @@ class TaskEntry(Section):
     name: Name | None = Field(None, description="of the task in the results; by default its own")
     params: dict[str, Any] = Field(default_factory=dict, description="passed to the task's dataset")
     problems: Positive | None = Field(None, description="how many; by default problems_per_task")
+    out_of_distribution: bool = Field(False, description="training has nothing like it")
+    difficulty: dict[str, float] = Field(default_factory=dict, max_length=1, description="of a sweep: {vertices: 12}")
 
 
 class FileEntry(Section):
     path: NonEmpty = Field(description="problem file, .jsonl or .parquet, relative to the suite's folder")
     name: Name = Field(description="of the file's problems in the results, as one task")
     problems: Positive | None = Field(None, description="how many, a seeded choice; by default all")
+    out_of_distribution: bool = Field(False, description="training has nothing like it")
 
 
 class SuiteConfig(Section):
@@ -67,6 +70,22 @@ class Suite:
     def names(self) -> list[str]:
         """Of the tasks, in the suite's order."""
         return [entry.name or entry.task for entry in self.cfg.tasks] + [entry.name for entry in self.cfg.files]
+
+
+def about_tasks(suite: Suite, problems: list[Problem]) -> dict[str, dict[str, Any]]:
+    """By the names in the results: "domain", "family" (equal for the entries of one task), "out_of_distribution" and
+    "difficulty" ({} or {name: value})."""
+    domains = {problem.task: problem.domain for problem in problems}
+    tasks = {
+        entry.name or entry.task: {"family": entry.task, "difficulty": entry.difficulty} for entry in suite.cfg.tasks
+    }
+    tasks |= {entry.name: {"family": entry.name, "difficulty": {}} for entry in suite.cfg.files}
+    outside = {entry.name or entry.task for entry in suite.cfg.tasks if entry.out_of_distribution}
+    outside |= {entry.name for entry in suite.cfg.files if entry.out_of_distribution}
+    return {
+        name: {"domain": domains[name], "out_of_distribution": name in outside, **about}
+        for name, about in tasks.items()
+    }
 
 
 def built_in() -> list[str]:

@@ -53,7 +53,7 @@ class Figure:
     marks: Sequence[Mark] = ()
     note: str = ""
     zero: bool = True  # the y axis begins at 0
-    top: float | None = None  # where the y axis ends, by default where the values do
+    top: float = 0.0  # the y axis goes up to this at least
     log2: bool = False  # k on the x axis
     diagonal: bool = False  # lines at 0 in both directions instead of a grid
     categories: Sequence[str] = ()

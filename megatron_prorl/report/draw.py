@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # Points at 72 an inch; the page shows them as about as many CSS pixels, on a phone in one column.
 WIDTH, HEIGHT = 360.0, 222.0
-ROW = 17.0  # of a category
+ROW, ROW_SERIES = 11.0, 5.0  # of a category, and more for each series
 LEFT, RIGHT, TOP, BOTTOM, LEGEND_ROW = 44.0, 10.0, 24.0, 34.0, 14.0
 CHARACTER = 5.6  # width, at FONT
 FONT, TITLE_FONT = 9.5, 11.5
@@ -54,8 +54,9 @@ def draw(figure: Figure, folder: Path) -> Drawing:
     rows = _legend_rows(labels) if len(labels) > 1 or kinds else 0
     left = LEFT + (0 if not figure.categories else CHARACTER * max(map(len, figure.categories)) - LEFT + 12)
     left = min(left + (12.0 if figure.ylabel else 0.0), 0.5 * WIDTH)
-    top = TOP + LEGEND_ROW * rows + (4.0 if rows else 0.0)
-    height = HEIGHT if not figure.categories else top + BOTTOM + ROW * (len(figure.categories) + 0.6)
+    top = TOP + LEGEND_ROW * rows + (7.0 if rows else 0.0)
+    row = ROW + ROW_SERIES * len(figure.series)
+    height = HEIGHT if not figure.categories else top + BOTTOM + row * (len(figure.categories) + 0.6)
 
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": figure.name, "font.size": FONT}):
         canvas = Canvas(figsize=(WIDTH / 72, height / 72), dpi=72)
@@ -78,7 +79,7 @@ def draw(figure: Figure, folder: Path) -> Drawing:
                 handles,
                 labels,
                 loc="lower left",
-                bbox_to_anchor=((8 - left) / (WIDTH - left - RIGHT), 1.0),
+                bbox_to_anchor=((8 - left) / (WIDTH - left - RIGHT), 1 + 4 / (height - top - BOTTOM)),
                 ncols=math.ceil(len(labels) / rows),
                 frameon=False,
                 fontsize=FONT,
@@ -188,6 +189,8 @@ def window_of(series: Series) -> int:
 
 def _limits(axes: Axes, figure: Figure) -> None:
     values = [value for series in figure.series for value in (*series.y, *series.high)]
+    if figure.categories and min((x for series in figure.series for x in (*series.x, *series.low)), default=0.0) >= 0.0:
+        axes.set_xlim(left=0.0)
     if figure.categories or figure.diagonal:
         if figure.diagonal:
             axes.axhline(0.0, color="#BFBFBF", linewidth=0.9, zorder=0)
@@ -198,7 +201,7 @@ def _limits(axes: Axes, figure: Figure) -> None:
         axes.set_ylim(bottom=0.0)
     elif figure.zero and min(values, default=0.0) >= 0.0:
         highest = max(values, default=0.0)
-        axes.set_ylim(0.0, figure.top or (1.06 * highest if highest > 0.0 else 1.0))
+        axes.set_ylim(0.0, max(figure.top, 1.06 * highest) or 1.0)
     elif values:
         middle, half = (min(values) + max(values)) / 2, 0.55 * (max(values) - min(values))
         half = max(half, 0.002 * abs(middle))  # noise in the last digits stays flat

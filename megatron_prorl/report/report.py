@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_prorl.errors import UserError
-from megatron_prorl.report import page, training
+from megatron_prorl.evaluation.analysis import RESULTS_FILE, read_evaluation
+from megatron_prorl.report import evaluation, page, training
 from megatron_prorl.report.content import Report, Section
 from megatron_prorl.tracking.metrics import METRICS_FILE
-
-RESULTS_FILE = "results.json"
 
 
 def report(folders: Sequence[str], out: str | None = None, corpus: Sequence[str] = ()) -> Path:
@@ -19,7 +18,13 @@ def report(folders: Sequence[str], out: str | None = None, corpus: Sequence[str]
 
     `out` is by default the folder `report` in the first of them. Raises UserError for a folder that is neither.
     """
-    runs = [folder for folder in folders if _is_run(folder)]
+    kinds = [(folder, _is_run(folder)) for folder in folders]
+    runs = [folder for folder, is_run in kinds if is_run]
+    evaluations = [read_evaluation(folder) for folder, is_run in kinds if not is_run]
+    if corpus and not evaluations:
+        raise UserError(
+            "--corpus: responses are compared with it that `prorl eval` sampled; give an evaluation's folder"
+        )
     sections: list[Section] = []
     about = [f"Made {time.strftime('%Y-%m-%d %H:%M:%S %Z')}."]
     warnings = []
@@ -33,9 +38,14 @@ def report(folders: Sequence[str], out: str | None = None, corpus: Sequence[str]
                     f"{run.name} is in progress ({run.found['state']}: {run.found['detail']}): "
                     f"figures up to step {run.found['step']} of {run.found['steps']}"
                 )
+    for number, found in enumerate(evaluations, 1):
+        prefix = f"{number}_{found.name}_" if len(evaluations) > 1 else ""
+        sections += evaluation.sections(found, corpus, prefix)
+        about += [f"{found.name}: {found.folder.resolve()}"]
+        about += [f"{found.name}, {name}: {path}" for name, path in found.results["paths"].items()]
     title = ", ".join("/".join(Path(folder).resolve().parts[-2:]) for folder in folders)
-    found = Report(title=title, about=about, sections=sections, warnings=warnings)
-    return page.write(found, Path(out) if out else Path(folders[0]) / "report")
+    whole = Report(title=title, about=about, sections=sections, warnings=warnings)
+    return page.write(whole, Path(out) if out else Path(folders[0]) / "report")
 
 
 def _is_run(folder: str) -> bool:

@@ -264,7 +264,7 @@ def _rollouts(runs: Sequence[Run]) -> Section:
         figures=[
             *_present(
                 _figure(runs, "length", "Response length (tokens)", "rollout/response_tokens_mean"),
-                _figure(runs, "truncated", "Share of responses truncated", "rollout/truncated_fraction"),
+                _figure(runs, "truncated", "Share of responses truncated", "rollout/truncated_fraction", top=0.02),
                 _figure(runs, "no_answer", "Share of responses without an answer", "rollout/no_answer_fraction"),
             ),
             *_figures(runs, "length_domains", "Response length by domain (tokens)", lengths),
@@ -309,7 +309,9 @@ def _mismatch(runs: Sequence[Run]) -> Section:
         figures=_present(
             _figure(runs, "mismatch", "Mean |log-prob difference| (nats)", "mismatch/logprob_diff_mean"),
             _figure(runs, "mismatch_max", "Largest |log-prob difference| (nats)", "mismatch/logprob_diff_max"),
-            _figure(runs, "outside_window", "Share of tokens outside the window", "correction/outside_window"),
+            _figure(
+                runs, "outside_window", "Share of tokens outside the window", "correction/outside_window", top=0.001
+            ),
             weight,
         ),
     )
