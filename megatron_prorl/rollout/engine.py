@@ -73,6 +73,12 @@ class _Engine:
     log_start: int = 0  # where the current process's part of the log begins, bytes
 
 
+class EngineNotStarted(UserError):
+    """An engine did not come up: a mistake, or a machine that was busy or ill, so that another attempt is worth it."""
+
+    exit_code = 1
+
+
 class EngineSupervisor:
     """Node `node`'s share of the `cfg.rollout.engines.count` engines on the model folder `model_path`, on this machine.
 
@@ -234,13 +240,13 @@ class EngineSupervisor:
         while True:
             healthy = client.is_healthy(timeout_seconds=2.0)
             if engine.process.poll() is not None:
-                raise UserError(f"engine {index} did not start: {self._last_error(engine)}")
+                raise EngineNotStarted(f"engine {index} did not start: {self._last_error(engine)}")
             if healthy:
                 break
             if self._stopped:
                 raise RuntimeError("the engines are being stopped")
             if time.time() > engine.started + limit:
-                raise UserError(
+                raise EngineNotStarted(
                     f"engine {index} did not start within {limit:g} s "
                     f"(rollout.engines.startup_timeout_seconds); see {self._log(engine)}"
                 )
