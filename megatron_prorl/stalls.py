@@ -363,7 +363,7 @@ def pending_collectives() -> list[str]:
     from torch._C import _distributed_c10d as c10d
 
     with contextlib.suppress(Exception):  # an undocumented call, of which nothing depends
-        entries = json.loads(c10d._dump_fr_trace_json())["entries"]
+        entries = json.loads(c10d._dump_fr_trace_json())["entries"]  # type: ignore[attr-defined]
         return [
             f"{entry['profiling_name']} number {entry['collective_seq_id']} of group {entry['process_group'][1]}"
             for entry in entries

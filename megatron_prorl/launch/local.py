@@ -141,8 +141,8 @@ def report_user_error(error: UserError) -> None:
             json.dump({"message": text, "timestamp": int(time.time())}, file)
     elif rank in (None, "0"):
         print(text, file=sys.stderr)
-    elif isinstance(error, ToldToEnd):
-        pass  # all ranks leave together
+    elif error.is_of_all_ranks:
+        pass
     elif not isinstance(error, ConfigError) or os.environ.get("LOCAL_RANK") == "0":  # one node may lack a file
         print(f"rank {rank}: {text}", file=sys.stderr)
 

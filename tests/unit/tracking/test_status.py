@@ -109,6 +109,33 @@ def test_a_phase_is_stalled_when_it_takes_much_longer_than_ever(run_dir: Path) -
         assert life(run_dir, known | {"usual_seconds": 0.1, "last_sign": now - 100}, now).name == "running"
 
 
+def test_a_run_that_is_stalled_names_the_rank_that_the_others_wait_for(
+    run_dir: Path, trainer: subprocess.Popen[bytes]
+) -> None:
+    script = """
+import sys, time
+from megatron_prorl import heartbeat
+from megatron_prorl.stalls import Watch
+with Watch(sys.argv[1], rank=1, num_ranks=2, attempt="a", limit_seconds=0.0):
+    heartbeat.phase("update")
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", script, str(run_dir)]) as rank:
+        path = run_dir / "heartbeats" / "rank-00001.json"
+        wait_for(path.exists)
+        os.kill(rank.pid, signal.SIGSTOP)
+        for stopped in (path, run_dir / "status.json"):
+            os.utime(stopped, (time.time() - 90, time.time() - 90))
+        os.kill(trainer.pid, signal.SIGSTOP)  # or it would write that it lives
+        status = read_status(run_dir)
+        assert status
+        (run_dir / "status.json").write_text(json.dumps(status | {"heartbeat": time.time() - 90}))
+        found = overview(run_dir)
+        rank.kill()
+    assert found["state"] == "STALLED"
+    assert f"; rank 1 (process {rank.pid} on " in found["detail"] and "is stopped by a signal" in found["detail"]
+
+
 def test_the_usual_length_of_a_phase_is_the_longest_wait_of_those_that_ended(run_dir: Path) -> None:
     status = StatusWriter(run_dir, 100)
     with status:
