@@ -64,6 +64,7 @@ class TrainProblems:
             self._child.wait_ready(HOLD_OUT_TIMEOUT_SECONDS)
             self._held_out = [Problem(**problem) for problem in self._request("held out")]
             self._digests: dict[str, str] = self._request("digests")
+            self._domains: list[str] = self._request("domains")
         except BaseException as error:
             self.close()
             if isinstance(error, ChildDied | ChildError | TimeoutError):
@@ -83,6 +84,11 @@ class TrainProblems:
     def digests(self) -> dict[str, str]:
         """`ProblemFile.digest` of every file that problems come from, by path."""
         return self._digests
+
+    @property
+    def domains(self) -> list[str]:
+        """The domains of the sources' problems, in the order of their names."""
+        return self._domains
 
     def close(self) -> None:
         self._child.close()
@@ -134,7 +140,7 @@ def serve(argument: dict[str, Any]) -> Generator:
 
 
 class Generator:
-    """Makes problems; runs in the child process and answers a draw, "held out", or "digests", in plain JSON."""
+    """Makes problems; runs in the child process and answers a draw, "held out", "digests", "domains", in plain JSON."""
 
     def __init__(self, argument: dict[str, Any]) -> None:
         cfg = DataConfig(**argument["cfg"])
@@ -143,6 +149,7 @@ class Generator:
         self.mixture = mixture(self.cfg, self.seed, argument.get("start_draw", 0), argument.get("given", ()))
         files = _open_files(self.cfg.sources)
         self.digests = {str(file.path): file.digest for pair in files for file in pair}
+        self.domains = sorted({domain for file, _ in files for domain in file.domains})
         self.validation = self._hold_out(files)
         self.held_out = {question_hash(problem) for problem in self.validation}
         self.sources = [_Source(file, self.held_out, self.seed) for file, _ in files]
@@ -150,6 +157,8 @@ class Generator:
     def __call__(self, request: int | str) -> Iterator[Any]:
         if request == "digests":
             yield self.digests
+        elif request == "domains":
+            yield self.domains
         elif request == "held out":
             yield [asdict(problem) for problem in self.validation]
         else:

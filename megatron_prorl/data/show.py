@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from megatron_prorl.config.schema import Config
 from megatron_prorl.data.chat import begins_in_thought, load_tokenizer, render
-from megatron_prorl.data.files import ProblemFile
 from megatron_prorl.data.problems import TrainProblems, mixture
 from megatron_prorl.tasks import VerifierError
 from megatron_prorl.tasks.gold import gold_response
@@ -29,7 +28,7 @@ def show(cfg: Config, count: int) -> None:
     tokenizer = load_tokenizer(cfg.model.path) if os.path.isdir(cfg.model.path) else None
     with TrainProblems(cfg.data, cfg.seed) as source:
         shown = _first_of_each_domain(source, count)
-        num_held_out = len(source.held_out)
+        num_held_out, domains = len(source.held_out), set(source.domains)
     if tokenizer is None:
         print(f"model.path: {cfg.model.path}: not there yet, so prompts are shown as messages")
     with VerifierPool(cfg.verifier, cfg.tasks) as pool:
@@ -40,7 +39,7 @@ def show(cfg: Config, count: int) -> None:
                 print(f"--- {_gold_line(problem, pool, tokenizer)}")
     drawn = ", ".join(f"{domain} {len(problems)}" for domain, problems in sorted(shown.items()))
     print(f"\nshown: {drawn}; held out for validation: {num_held_out}")
-    if absent := _absent(cfg, shown):
+    if absent := _absent(cfg, domains - shown.keys()):
         print(f"not among the first {MAX_DRAWS} problems, so not shown: {', '.join(absent)}")
 
 
@@ -54,12 +53,12 @@ def _first_of_each_domain(source: TrainProblems, count: int) -> dict[str, list[P
     return found
 
 
-def _absent(cfg: Config, shown: dict[str, list[Problem]]) -> list[str]:
+def _absent(cfg: Config, domains: set[str]) -> list[str]:
+    """What of the mix is not drawn: these domains, and tasks and sources."""
     order = mixture(cfg.data, cfg.seed, 0, ())
     drawn = {order.source(draw) for draw in range(MAX_DRAWS)}
     parts = [f"task {task.task}" for task in cfg.data.tasks] + [f"source {source.path}" for source in cfg.data.sources]
-    domains = {domain for source in cfg.data.sources for domain in ProblemFile(source.path).domains}
-    return [f"domain {domain}" for domain in sorted(domains - shown.keys())] + [
+    return [f"domain {domain}" for domain in sorted(domains)] + [
         part for place, part in enumerate(parts) if place not in drawn
     ]
 

@@ -23,7 +23,7 @@ def check_answers(verification: dict[str, Any], *, may_have_choices: bool) -> No
         if not texts or not isinstance(answer, str):
             raise ValueError("answer, choices: a letter or a choice's text, and an object of texts, are needed")
         try:
-            stem._gold_letter(answer, choices)
+            stem.gold_letter(answer, choices)
         except ValueError as error:
             raise ValueError(f"answer: {error}") from None
         return

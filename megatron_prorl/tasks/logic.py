@@ -109,8 +109,10 @@ def _pays_for_containing(dataset: Any, task: str | None) -> bool:
 def _find(text: str, where: str) -> re.Match[str] | None:
     """Text, whatever its case and spaces; a number not as a part of another."""
     text, where = (" ".join(_TOKEN.findall(one.casefold())) for one in (text, where))
+    if not text or len(text) > len(where):
+        return None
     start, end = (r"(?<![\d.])" if text[:1].isdigit() else "", r"(?![\d.])" if text[-1:].isdigit() else "")
-    return re.search(start + re.escape(text) + end, where) if text else None
+    return re.search(start + re.escape(text) + end, where)
 
 
 def _around(match: re.Match[str]) -> str:

@@ -1,7 +1,7 @@
 r"""Math: the last `\boxed{}`, accepted if either of two judges accepts it, as in ProRL (arXiv:2505.24864).
 
 `Problem.verification` is {"answer": gold} or {"answer": [gold, ...]}, LaTeX or plain text; any one of a list will do.
-The judges are `tasks.normalise`, which compares text and exact numbers, and math-verify, which compares with sympy what
+The judges are `tasks.equality`, which compares text and exact numbers, and math-verify, which compares with sympy what
 the former leaves open. Rational numbers are exact: 0.333333 is not 1/3. A decimal meets an irrational gold answer if it
 agrees to six decimal places when rounded, as math-verify has it: 1.414214 is \sqrt{2}, 1.41421 is not.
 
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from math import gcd
 from typing import Any
 
-from megatron_prorl.tasks import normalise
+from megatron_prorl.tasks import equality, normalise, numbers, quantities
 from megatron_prorl.tasks.answers import is_boxable, last_boxed, spoken
 from megatron_prorl.tasks.units import parse_unit
 from megatron_prorl.types import Problem, Verdict
@@ -72,7 +72,7 @@ def is_met(gold: str, answer: str, question: str, is_equal: Callable[[str, str],
     """Whether the answer is equal and not the question over again; 5% is 5 where the question speaks of percent."""
     golds = [gold]
     is_percent = normalise.plain(answer).endswith("%") and re.search(r"%|per\s?cent", question)
-    if is_percent and normalise.number(normalise.plain(gold)) and "%" not in gold:
+    if is_percent and numbers.number(normalise.plain(gold)) and "%" not in gold:
         golds.append(gold + "%")
     return any(is_equal(one, answer) for one in golds) and not is_echo(answer, question, gold)
 
@@ -83,7 +83,7 @@ def is_equal(gold: str, answer: str) -> bool:
         return False
     if is_excessive(gold) or is_excessive(answer):
         return normalise.plain(gold) == normalise.plain(answer) != ""
-    return normalise.same(gold, answer, _sympy_equal)
+    return equality.same(gold, answer, _sympy_equal)
 
 
 def is_echo(answer: str, question: str, gold: str) -> bool:
@@ -95,14 +95,14 @@ def is_echo(answer: str, question: str, gold: str) -> bool:
     if normalise.words(answer) == normalise.words(gold):
         return False
     sides = re.split(r"=|\\in(?![A-Za-z])", normalise.clean(answer))
-    texts = [normalise.plain(normalise.split_loosely(side.strip())[0]) for side in sides]
-    body, unit = normalise.split_loosely(normalise.clean(gold))
+    texts = [normalise.plain(quantities.split_loosely(side.strip())[0]) for side in sides]
+    body, unit = quantities.split_loosely(normalise.clean(gold))
     gold_text, text = normalise.plain(body), texts[-1]
-    if normalise.number(gold_text):
-        is_angle = parse_unit(unit) == normalise.DEGREE is not None and r"\pi" in text
+    if numbers.number(gold_text):
+        is_angle = parse_unit(unit) == quantities.DEGREE is not None and r"\pi" in text
         has_numbers = re.search(r"\d", question) is not None
         return has_numbers and not is_angle and not any(_is_worked_out(side, gold_text, question) for side in texts)
-    if not re.search(r"[-+*/^!({\\]", text.lstrip("-")) or normalise.number(text) or normalise.collection(text):
+    if not re.search(r"[-+*/^!({\\]", text.lstrip("-")) or numbers.number(text) or equality.collection(text):
         return False
     forms, gold_forms = _forms(text), _forms(gold_text)
     if forms[0] == gold_forms[0]:
@@ -119,7 +119,7 @@ def _is_worked_out(text: str, gold: str, question: str) -> bool:
     """Whether plain text is an integer, decimal, percentage, mixed number, fraction in lowest terms or as in the gold,
     or a power of ten that is not the question's."""
     text = text.removeprefix(r"\{").removesuffix(r"\}")
-    if normalise.number(text) is None:
+    if numbers.number(text) is None:
         return False
     if "/" in text or r"\frac" in text:
         parts = re.findall(r"\d+", text)
@@ -149,7 +149,7 @@ def _forms(text: str) -> tuple[str, str]:
     expression = _parse(text)[0]
     try:
         return str(expression), str(expression.doit()) if hasattr(expression, "doit") else text
-    except (ValueError, TypeError, ArithmeticError, RecursionError):  # numbers too long to print, nothing to work out
+    except Exception:  # numbers too long to print, what sympy cannot work out; its errors have no common class
         return text, text
 
 
@@ -160,7 +160,7 @@ def is_readable(answer: str) -> bool:
     text = normalise.plain(answer)
     if not re.search(r"[^\W_]", text):
         return bool(re.search(r"\\(?:infty|emptyset)", text))
-    if normalise.number(text) or normalise.collection(text) or normalise.has_words(text):
+    if numbers.number(text) or equality.collection(text) or normalise.has_words(text):
         return True
     return any(not isinstance(item, str) for item in _parse(text))
 
@@ -175,7 +175,7 @@ def is_excessive(text: str) -> bool:
     """Whether to parse or evaluate text might take long, from its looks: linear in its length, evaluating nothing."""
     if len(text) > MAX_CHARACTERS or text.count("\\") > MAX_COMMANDS or _nesting(text) > MAX_NESTING:
         return True
-    if _HEAVY.search(text) or re.search(rf"\d{{{normalise.MAX_DIGITS}}}", text):
+    if _HEAVY.search(text) or re.search(rf"\d{{{numbers.MAX_DIGITS}}}", text):
         return True
     compact = re.sub(r"\s|\\[,;:! ]|\\(?:left|right)(?![A-Za-z])|(?<=\d)(?:,|\{,\})(?=\d{3})", "", text)
     if "!" in compact and not _has_small_factorials(compact):
@@ -267,6 +267,8 @@ def _sympy_equal(gold: str, answer: str) -> bool:
         answer = re.sub(r"\+c$", "+C", answer)  # the constant of an integral has no name of its own
     if _differ_in_case(gold, answer) or any(_OPEN.search(text) for text in (gold, answer)):
         return False
+    if len(_MARK.findall(gold)) != len(_MARK.findall(answer)):
+        return False
     one, other = _parse(gold), _parse(answer)
     accepted = _math_verify().verify(one, other, allow_set_relation_comp=True, timeout_seconds=None)
     return bool(accepted) and not _differ_by_little(one[0], other[0])
@@ -277,6 +279,7 @@ _SYMBOL = re.compile(r"\\[A-Za-z]+|[A-Za-z]")
 _OPEN = re.compile(
     r"\\[lcvd]?dots|\.\.|(?<![_\w])\d+(?:\.\d+)?(?:'|\^\{?\\prime)|\\frac\{d(?:\^\d)?\}\{d[A-Za-z](?:\^\d)?\}"
 )
+_MARK = re.compile(r"'|\\prime|\d_")  # A' and 3_5, of which the parser sees A and 3
 
 
 def _differ_in_case(gold: str, answer: str) -> bool:

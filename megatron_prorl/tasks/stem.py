@@ -19,8 +19,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from megatron_prorl.tasks import equality, normalise, numbers, quantities
 from megatron_prorl.tasks import math as math_task
-from megatron_prorl.tasks import normalise
 from megatron_prorl.tasks.answers import last_boxed, last_tagged, spoken
 from megatron_prorl.tasks.units import Unit, parse_unit
 from megatron_prorl.types import Problem, Verdict
@@ -35,6 +35,8 @@ STATEMENT = re.compile(
     r"(?:[\s*_$(\[{]|\\(?:text|textbf|mathrm|mathbf)\b)*+(?P<letter>[A-Z])"
     r"(?=\s*+(?:$|[.,;:)\]}*_$/&])|\s++(?:because|since|as|or|and)\b)"
 )
+# What stands before "=" is passed over, but not another answer: "5 or x = 3".
+_NO_NAME = re.compile(r"[,;<>]|\\\\|\\pm|\b(?:or|and|not)\b")
 _CHEMICAL = re.compile(r"(?=.*(?:\d|[A-Z].*[A-Z]))(?:\(?[A-Z][a-z]?\d*(?:\)\d*)?)+(?:\d?[+-])?")  # NaCl, Ca(OH)2, SO42-
 _LETTER = re.compile(
     r"(?i:(?:final\s+|correct\s+)?(?:answer|option|choice)\b\s*(?:is)?\s*:?\s*)?\(?\s*(?P<letter>[A-Za-z])\s*(?:$|[).:]|,$|-\s|(?=\())\)?\s*(?P<text>.*)",
@@ -46,7 +48,7 @@ _SEVERAL = re.compile(r"(?:\(?\b[A-Z]\b[).:]*\s*(?:[,;/&+]|\bor\b|\band\b)\s*)+(
 def prepare(problem: Problem) -> None:
     """Import sympy. Raises ValueError for a gold answer that is none of the choices or that no box can hold."""
     if choices := problem.verification.get("choices"):
-        _gold_letter(str(problem.verification["answer"]), choices)
+        gold_letter(str(problem.verification["answer"]), choices)
         math_task.prepare_sympy()
     else:
         math_task.prepare(problem)
@@ -55,7 +57,7 @@ def prepare(problem: Problem) -> None:
 def verify(problem: Problem, text: str) -> Verdict:
     """Reasons: "correct", "wrong", "no answer", "malformed" (a choice that names none, or nothing that can be read)."""
     if choices := problem.verification.get("choices"):
-        return _verify_choice(_gold_letter(str(problem.verification["answer"]), choices), choices, spoken(text))
+        return _verify_choice(gold_letter(str(problem.verification["answer"]), choices), choices, spoken(text))
     answer = _stated(spoken(text))
     if answer is None:
         return Verdict(score=0.0, reason="no answer")
@@ -73,7 +75,8 @@ def _stated(text: str) -> str | None:
     return last_boxed(text) or last_tagged(text) or None
 
 
-def _gold_letter(gold: str, choices: dict[str, str]) -> str:
+def gold_letter(gold: str, choices: dict[str, str]) -> str:
+    """The letter of the gold answer, a letter itself or a choice's text. Raises ValueError if it is none or several."""
     gold = gold.strip()
     if gold in choices:
         return gold
@@ -132,11 +135,14 @@ def quantity(text: str) -> Quantity | None:
     r"""A number with or without a unit ("9.8 \mathrm{m/s^2}", "v = 3 \times 10^8 m/s", "20\%"); None if it is none."""
     if math_task.is_excessive(text):
         return None
-    cleaned = re.sub(r"^[^=]*=\s*(?=\S)|^pH\s+", "", normalise.clean(text)) if text.count("=") <= 1 else ""
-    body, unit_text = normalise.split_loosely(cleaned)
-    unit_text = unit_text or normalise.currency(text)
+    name, _, value = normalise.clean(text).rpartition("=")
+    if "=" in name or _NO_NAME.search(name):
+        return None
+    cleaned = re.sub(r"^pH\s+", "", value.strip())
+    body, unit_text = quantities.split_loosely(cleaned)
+    unit_text = unit_text or quantities.currency(text)
     plain = normalise.plain(body)
-    number = normalise.number(plain)
+    number = numbers.number(plain)
     if number is None:
         return None
     is_exact = not re.search(r"\.\d|10\^|\d[eE]", plain)
@@ -177,9 +183,9 @@ def _is_close(gold: Quantity, answer: Quantity) -> bool:
         if converted is None:
             return False
         value = converted
-    elif gold.unit_text and answer.unit_text and not normalise.is_same_unit_name(gold.unit_text, answer.unit_text):
+    elif gold.unit_text and answer.unit_text and not quantities.is_same_unit_name(gold.unit_text, answer.unit_text):
         return False
-    is_in_degrees = gold.unit == normalise.DEGREE == (answer.unit or gold.unit)
+    is_in_degrees = gold.unit == quantities.DEGREE == (answer.unit or gold.unit)
     tolerance = 0.0 if gold.is_exact and (gold.unit is None or is_in_degrees) else RELATIVE_TOLERANCE
     return _is_near(value, gold.value, tolerance)
 
@@ -203,7 +209,7 @@ def _convert(value: float, source: Quantity, target: Quantity) -> float | None:
 
 def _same_words(gold: str, answer: str) -> bool:
     """Equal as words, articles aside; capitals count where they may tell apart (CO and Co, pH)."""
-    if max(len(gold), len(answer)) > math_task.MAX_CHARACTERS or normalise.collection(normalise.plain(answer)):
+    if max(len(gold), len(answer)) > math_task.MAX_CHARACTERS or equality.collection(normalise.plain(answer)):
         return False
     one, other = _formula_text(gold), _formula_text(answer)
     if one == other != "":
