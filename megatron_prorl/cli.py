@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "verify": _verify,
             "data": _data_show,
             "eval": _eval,
+            "ablate": _ablate,
         }
         return commands[args.command](args)
     except UserError as error:
@@ -101,7 +102,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     report.add_argument("folders", nargs="+", metavar="FOLDER", help="run_dir of a run, or --out of an evaluation")
     report.add_argument("--out", metavar="DIR", help="folder to write to; default: report in the first FOLDER")
     report.add_argument(
-        "--corpus", action="append", default=[], metavar="FILE", help="text that responses are compared with word by word"
+        "--corpus",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="text that responses are compared with word by word",
     )
     runs = commands.add_parser("runs", help="the runs below a folder, branches below the run that they come from")
     runs.add_argument("folder", nargs="?", default=".", metavar="DIR", help="default: the present one")
@@ -151,6 +156,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     show.add_argument("config", help="YAML file; see examples/")
     show.add_argument("overrides", nargs="*", metavar="key=value", help="as for prorl train")
     show.add_argument("--count", type=int, default=3, metavar="N", help="problems a domain (default 3)")
+
+    ablation = commands.add_parser("ablate", help="train a grid of small runs, and compare what they learn")
+    ablation.add_argument("grid", metavar="GRID", help="YAML file, such as examples/ablation_resets.yaml")
 
     evaluate = commands.add_parser("eval", help="sample a suite's problems from models, and compare their pass@k")
     evaluate.add_argument("suite", metavar="SUITE", help="YAML file, or one of reasoning_gym, reasoning_gym_ood, ...")
@@ -393,6 +401,13 @@ def _data_show(args: argparse.Namespace) -> int:
     from megatron_prorl.data.show import show
 
     show(cfg, args.count)
+    return 0
+
+
+def _ablate(args: argparse.Namespace) -> int:
+    from megatron_prorl.evaluation.ablate import ablate
+
+    print(ablate(args.grid), end="")
     return 0
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from megatron_prorl.config.load import ConfigError, dump_config, load_config
 from megatron_prorl.config.schema import Config
+from megatron_prorl.config.stages import stage_config
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 BASE: dict[str, Any] = {
@@ -369,7 +370,10 @@ def test_a_correction_has_the_window_of_its_kind_unless_another_is_given(
     assert (shown["low"], shown["high"]) == window
 
 
-@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
+CONFIGURATIONS = [path for path in sorted(EXAMPLES.glob("*.yaml")) if "\nrun_dir:" in path.read_text()]
+
+
+@pytest.mark.parametrize("example", CONFIGURATIONS, ids=lambda path: path.name)
 def test_an_example_loads_to_the_same_configuration_every_time_and_from_its_own_dump(
     example: Path, tmp_path: Path
 ) -> None:
@@ -430,22 +434,19 @@ PRESETS = sorted((EXAMPLES / "presets").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
-def test_a_preset_fits_the_paper_s_model_and_machines(tmp_path: Path, preset: Path) -> None:
-    """Under a recipe that sets no method of its own; what a preset sets is in force."""
-    recipe = yaml.safe_load((EXAMPLES / "prorl_1p5b.yaml").read_text())
-    for section in ("algorithm", "reset"):
-        recipe.pop(section)
-    for key in ("prompts_per_step", "rollouts_per_prompt", "temperature", "dynamic_sampling"):
-        recipe["rollout"].pop(key)
-    recipe.pop("optimizer")
-    below = write(tmp_path / "recipe.yaml", recipe)
-    cfg = load_config(write(tmp_path / "run.yaml", {"extends": [str(below), str(preset)]}))
-    given = yaml.safe_load(preset.read_text())
-    assert cfg.optimizer.updates_per_step == given["optimizer"].get("updates_per_step", 4)
-    assert cfg.rollout.rollouts_per_prompt == given["rollout"].get("rollouts_per_prompt", 16)
+def test_a_preset_is_a_method_and_leaves_the_scale_alone(tmp_path: Path, preset: Path) -> None:
+    """Over the smallest example, of which it changes neither the sizes nor the learning rate."""
+    base = EXAMPLES / "quickstart.yaml"
+    below = load_config(base)
+    cfg = load_config(write(tmp_path / "run.yaml", {"extends": [str(base), str(preset)]}))
+    changes = {"temperature": cfg.rollout.temperature, "dynamic_sampling": cfg.rollout.dynamic_sampling}
+    assert cfg.rollout == below.rollout.model_copy(update=changes)
+    updates = {"updates_per_step": cfg.optimizer.updates_per_step}
+    assert cfg.optimizer == below.optimizer.model_copy(update=updates)
+    assert (cfg.steps, cfg.data, cfg.model) == (below.steps, below.data, below.model)
 
 
-def test_the_paper_s_recipe_is_the_preset_but_for_when_it_resets() -> None:
+def test_the_paper_s_recipe_is_the_preset_and_its_scale() -> None:
     recipe, preset = (
         yaml.safe_load((EXAMPLES / name).read_text()) for name in ("prorl_1p5b.yaml", "presets/prorl_v1.yaml")
     )
@@ -455,6 +456,21 @@ def test_the_paper_s_recipe_is_the_preset_but_for_when_it_resets() -> None:
     assert recipe["reset"]["optimizer"] == preset["reset"]["optimizer"]
 
 
-def test_v2_s_stages_last_as_long_as_the_run() -> None:
-    preset = yaml.safe_load((EXAMPLES / "presets" / "prorl_v2.yaml").read_text())
-    assert sum(stage["steps"] for stage in preset["stages"]) == preset["steps"]
+def test_v2_s_stages_last_as_long_as_the_run_and_penalise_length_a_sixth_of_it() -> None:
+    cfg = load_config(EXAMPLES / "prorl_v2.yaml")
+    penalties = [stage_config(cfg, i).algorithm.shaping.cosine_penalty for i in range(len(cfg.stages))]
+    lengths = [stage.steps or 0 for stage in cfg.stages]
+    assert sum(lengths) == cfg.steps == 6 * sum(steps for steps, p in zip(lengths, penalties, strict=True) if p)
+
+
+def test_the_recipes_in_full_are_what_they_say() -> None:
+    """Rollouts a step, updates and whether there is a reference."""
+    found = {}
+    for name in ("prorl_1p5b", "prorl_v2", "prorl_v2_1", "brorl", "justrl"):
+        cfg = load_config(EXAMPLES / f"{name}.yaml")
+        batch = cfg.rollout.prompts_per_step * cfg.rollout.rollouts_per_prompt
+        found[name] = batch, cfg.optimizer.updates_per_step, cfg.algorithm.kl.coefficient > 0, cfg.reset.optimizer
+    assert found == {
+        "prorl_1p5b": (4096, 4, True, "clear"), "prorl_v2": (4096, 4, True, "keep"),
+        "prorl_v2_1": (4096, 1, True, "keep"), "brorl": (65536, 4, True, "keep"), "justrl": (2048, 4, False, "clear"),
+    }  # fmt: skip
