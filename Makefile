@@ -5,7 +5,7 @@ PY := .venv/bin/python
 ENV := .venv/.made
 TCMALLOC := $(wildcard /usr/lib/*/libtcmalloc_minimal.so.4)
 
-.PHONY: env quickstart test test-slurm lint lock
+.PHONY: env quickstart test lint lock
 
 env: $(ENV)
 
@@ -17,11 +17,7 @@ endif
 
 test: $(ENV)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/unit tests/e2e/test_drills.py
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests/multiprocess tests/e2e --ignore=tests/e2e/test_drills.py --ignore=tests/e2e/test_slurm.py
-
-# Starts a Slurm of its own (Debian: slurmctld slurmd slurm-client munge); wants the machine for itself.
-test-slurm: $(ENV)
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests/e2e/test_slurm.py
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/multiprocess tests/e2e --ignore=tests/e2e/test_drills.py
 
 lint: $(ENV)
 	$(PY) -m ruff check .

@@ -7,6 +7,7 @@ attempts as slurm/job.sh does (launch/attempts.py).
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -65,6 +66,14 @@ _REQUEUE = """\
 """
 
 
+class LocalRunEnded(UserError):
+    """A local run that is not finished; with the exit code of `prorl train`."""
+
+    def __init__(self, text: str, exit_code: int) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """A run, as `prorl_task` describes it, and the jobs that it is to have. Raises UserError for what cannot be."""
@@ -106,9 +115,10 @@ class Plan:
 
 
 def submit(plan: Plan, chain: str = "") -> str:
-    """Submit the jobs and return what to look at; by the local executor run them, one after the other.
+    """Submit the jobs and return how they are; by the local executor run them, one after the other.
 
-    `chain` names the experiment (default: by the time).
+    `chain` names the experiment (default: by the time). Raises UserError where the executor refuses a job, and then
+    cancels those before it, and LocalRunEnded where a local run is not finished.
     """
     with _experiment(plan, chain) as experiment:
         try:
@@ -119,14 +129,19 @@ def submit(plan: Plan, chain: str = "") -> str:
             for job in experiment.jobs:
                 experiment.cancel(job.id)
             raise UserError(f"{plan.executor} refused: {_words(error)}") from error
-    return status(plan)
+    text = status(plan)
+    if plan.executor == "local" and (code := _last_verdict(Path(plan.run_dir))):
+        raise LocalRunEnded(f"the run ended with exit code {code}; {text}", code)
+    return text
 
 
 def dry_run(plan: Plan, chain: str = "") -> str:
     """The script that would be submitted, as it would be; the jobs of a chain differ by their names alone."""
     with tempfile.TemporaryDirectory() as base, _experiment(plan, chain, base) as experiment:
         experiment.dryrun(log=False, delete_exp_dir=False)
-        name = {"slurm": f"{TASK}_sbatch.sh", "local": f"{TASK}/scripts/{TASK}.sh"}[plan.executor]
+        name = {"slurm": f"{TASK}_sbatch.sh", "local": f"{TASK}/scripts/{TASK}.sh"}.get(plan.executor)
+        if name is None:
+            return str(experiment.jobs[0]._dryrun_info)
         return Path(experiment._exp_dir, name).read_text(encoding="utf-8")
 
 
@@ -298,6 +313,14 @@ def _read(plan: Plan, experiment: Any, command: str) -> str:
     else:
         text = subprocess.run(command, shell=True, capture_output=True, text=True).stdout
     return text.rstrip()
+
+
+def _last_verdict(run_dir: Path) -> int:
+    try:
+        *_, last = (run_dir / ATTEMPTS_FILE).read_text(encoding="utf-8").splitlines()
+    except (FileNotFoundError, ValueError):  # none: it could not even be begun
+        return 1
+    return int(json.loads(last)["verdict"])
 
 
 def _home() -> str:
