@@ -107,6 +107,9 @@ def _split(text: str, separator: str) -> list[str]:
 
 def same(gold: str, answer: str, leaf: Leaf) -> bool:
     """Whether two answers are equal; `leaf` is asked about expressions that text and arithmetic do not decide."""
+    left, equals, _ = answer.partition("=")
+    if equals and measure(left)[1] and number(plain(measure(left)[0])) and not same(gold, left, leaf):
+        return False  # 5 m = 3 m
     (gold_body, gold_unit), (answer_body, answer_unit) = measure(gold), measure(answer)
     if plain(gold) == plain(answer) != "" and (gold_unit == answer_unit or not gold_unit or not answer_unit):
         return True

@@ -35,7 +35,7 @@ STATEMENT = re.compile(
     r"(?:[\s*_$(\[{]|\\(?:text|textbf|mathrm|mathbf)\b)*+(?P<letter>[A-Z])"
     r"(?=\s*+(?:$|[.,;:)\]}*_$/&])|\s++(?:because|since|as|or|and)\b)"
 )
-# What stands before "=" is passed over, but not another answer: "5 or x = 3".
+# What stands before "=" is passed over, but not another answer: "5 or x = 3", 5 m = 3 m.
 _NO_NAME = re.compile(r"[,;<>]|\\\\|\\pm|\b(?:or|and|not)\b")
 _CHEMICAL = re.compile(r"(?=.*(?:\d|[A-Z].*[A-Z]))(?:\(?[A-Z][a-z]?\d*(?:\)\d*)?)+(?:\d?[+-])?")  # NaCl, Ca(OH)2, SO42-
 _LETTER = re.compile(
@@ -136,7 +136,7 @@ def quantity(text: str) -> Quantity | None:
     if math_task.is_excessive(text):
         return None
     name, _, value = normalise.clean(text).rpartition("=")
-    if "=" in name or _NO_NAME.search(name):
+    if "=" in name or _NO_NAME.search(name) or numbers.number(normalise.plain(quantities.split_loosely(name)[0])):
         return None
     cleaned = re.sub(r"^pH\s+", "", value.strip())
     body, unit_text = quantities.split_loosely(cleaned)
