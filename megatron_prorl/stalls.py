@@ -266,8 +266,10 @@ class Watch:
             elif last := self._read(rank):
                 ranks.append(Rank(beat=last, silent=_why_silent(last)))
         silent = [rank.beat.rank for rank in ranks if rank.silent]
-        text = f"stalled: nothing has moved for {duration(self._limit)}: {name_stall(ranks)}"
-        return f"{text}; the stacks of all that answer are in {self._folder}", silent
+        unheard = sorted(set(range(self._num_ranks)) - {rank.beat.rank for rank in ranks})
+        what = f"nothing was ever heard of {_ranks(unheard)}" if unheard else name_stall(ranks)
+        text = f"stalled: nothing has moved for {duration(self._limit)}: {what}"
+        return f"{text}; the stacks of all that answer are in {self._folder}", silent + unheard
 
 
 def name_stall(ranks: Sequence[Rank]) -> str:
@@ -351,9 +353,10 @@ def where(frame: FrameType | None) -> tuple[str, str]:
                 collective = function
     elif any(part in frames[0][0] for part in _WAITING_FILES):
         collective = frames[0][1]
-    # The channel of `comm` says less than who uses it.
-    ours = (part for part in frames if "/megatron_prorl/" in part[0] and not part[0].endswith("/comm.py"))
-    file, function = next(ours, frames[0])
+    # The channel of `comm` says less than who uses it, as do torch's own frames.
+    callers = [part for part in frames if not part[0].endswith("/megatron_prorl/comm.py") and "/torch/" not in part[0]]
+    ours = (part for part in callers if "/megatron_prorl/" in part[0])
+    file, function = next(ours, (callers or frames)[0])
     at = f"{file.rpartition('/megatron_prorl/')[2]}, {function}"
     return (f"{collective} ({at})" if collective else at), collective
 

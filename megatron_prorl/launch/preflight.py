@@ -33,7 +33,7 @@ from megatron_prorl.launch.machines import Failed, Machines, Row, in_words, numb
 from megatron_prorl.launch.readiness import CHECKS
 
 TOTAL_SECONDS = 55.0  # after which the check that hangs is named, with the ranks that are not through it
-FORM_SECONDS = 20.0  # for the ranks to come: srun starts all at once, and their imports take about as long
+FORM_SECONDS = 30.0  # for the ranks to come: srun starts all at once, but imports from a shared disk take their time
 COLLECTIVE_SECONDS = 20.0
 
 

@@ -297,6 +297,7 @@ def _gpus(machines: Machines) -> Row:
 
 def _gpu_problem(device: torch.device) -> str:
     """What is wrong with this rank's GPU, or ""."""
+    torch.cuda.empty_cache()  # of the collectives
     free, total = torch.cuda.mem_get_info(device)
     if free < LEAST_FREE_GPU_SHARE * total:
         return f"{size(free)} of {size(total)} free"
@@ -409,7 +410,7 @@ def _timed(machines: Machines, collective: Callable[[], Any]) -> float:
             torch.cuda.synchronize()
 
     synchronise()
-    dist.barrier()
+    dist.all_reduce(torch.zeros(1))  # a barrier, over gloo
     began = time.perf_counter()
     collective()
     synchronise()

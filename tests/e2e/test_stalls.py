@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from toy_run import Start, folders, run_to_its_end, steps, toy_config
 
+from megatron_prorl.tracking.status import read_status
+
 pytestmark = pytest.mark.timeout(900)
 
 STALLED = 76
@@ -33,6 +35,11 @@ def config(model: Path, run_dir: Path, **sections: Any) -> dict[str, Any]:
 
 def stalls(run_dir: Path) -> list[Path]:
     return sorted((run_dir / "stalls").iterdir())
+
+
+def cause(run_dir: Path) -> str:
+    """Why the run ended, as a job and `prorl status` tell."""
+    return (read_status(run_dir) or {})["end"]
 
 
 def test_a_rank_that_is_stopped_in_an_update_is_named_and_the_same_command_goes_on(
@@ -62,17 +69,19 @@ def test_a_rank_that_is_stopped_in_an_update_is_named_and_the_same_command_goes_
     assert sorted(os.listdir(folder)) == ["cause.txt", "rank-00000.json", "rank-00000.txt"]
     assert " in learn" in (folder / "rank-00000.txt").read_text()
     assert folders(tmp_path, "checkpoints") == ["step-000001", "step-000002"]
+    assert f"error: {cause(tmp_path)}\n" == ended.err
 
     one = config(toy_model, tmp_path, parallel={"ranks_per_node": 2, "tensor": 2})
     with Start(one) as start:
         start.wait_for(lambda: 4 in steps(tmp_path), "two steps more")
-        (rank,) = start.pids("megatron_prorl.cli", RANK="1")
+        (rank,) = start.pids("megatron_prorl.cli", RANK="0")  # with the engine
         os.kill(rank, signal.SIGSTOP)  # wherever it is
         ended = start.ended()
     assert (ended.code, ended.left_running, ended.left_in_tmp) == (STALLED, [], [])
-    assert f"rank 1 (process {rank} on {socket.gethostname()}) is stopped by a signal" in ended.err
+    assert f"rank 0 (process {rank} on {socket.gethostname()}) is stopped by a signal" in ended.err
     assert ended.err.count("\n") == 1
     assert len(stalls(tmp_path)) == 2
+    assert f"error: {cause(tmp_path)}\n" == ended.err
 
     ended = run_to_its_end(one)
     assert (ended.code, ended.err) == (0, "")

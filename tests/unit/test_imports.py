@@ -26,6 +26,7 @@ WITHOUT_TORCH = (
     "ending",
     "launch.attempts",
     "launch.local",
+    "stalls",
     "checkpoint.branch",
     "tracking.tree",
 )

@@ -231,6 +231,46 @@ def test_a_process_that_hangs_ends_with_its_stacks_and_a_code_to_begin_again(tmp
     assert (tmp_path / "hook").read_text() == (folder / "cause.txt").read_text().strip()
 
 
+RANK = """
+import sys, time
+import torch.distributed as dist
+from megatron_prorl import comm
+from megatron_prorl.stalls import Watch
+run_dir, rank, hangs = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+dist.init_process_group("gloo", store=dist.FileStore(f"{run_dir}/store", 3), rank=rank, world_size=3)
+comm.init_control_group()
+with Watch(run_dir, rank=rank, num_ranks=3, attempt="a", limit_seconds=4.0):
+    comm.barrier()
+    if hangs:
+        time.sleep(1000)
+    comm.barrier()
+"""
+
+
+def test_all_ranks_end_together_and_one_of_them_tells_whom_they_waited_for(tmp_path: Path) -> None:
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(tmp_path), str(number), *(["hangs"] if number == 1 else [])],
+            env=os.environ | {"RANK": str(number)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(3)
+    ]
+    try:
+        told = "".join(process.communicate(timeout=60)[1] for process in processes)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in processes] == [76, 76, 76]
+    assert told.count("stalled") == told.count("\n") == 1
+    assert f"rank 1 (process {processes[1].pid} on " in told
+    assert "ranks 0, 2 wait for it in barrier (<string>, <module>)" in told
+    (folder,) = (tmp_path / "stalls").iterdir()
+    assert len(list(folder.glob("rank-*.txt"))) == 3
+
+
 def test_a_process_that_moves_is_left_alone_for_much_longer_than_the_limit(tmp_path: Path) -> None:
     ended = start(tmp_path, "0.5", "3.0")
     assert (ended.returncode, ended.stderr) == (0, "")

@@ -40,7 +40,7 @@ def test_what_another_attempt_would_not_change_ends_the_job(tmp_path: Path, code
     assert verdicts(tmp_path, code) == [code]
 
 
-@pytest.mark.parametrize("code", [75, 1, 137, 139])
+@pytest.mark.parametrize("code", [75, 76, 1, 137, 139])
 def test_everything_else_begins_again_and_the_third_time_in_vain_ends_the_job(tmp_path: Path, code: int) -> None:
     assert verdicts(tmp_path, code, code, code) == [75, 75, 1 if code == 75 else code]
 
