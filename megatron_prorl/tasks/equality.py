@@ -22,6 +22,7 @@ Leaf = Callable[[str, str], bool]  # are two expressions (gold, answer) equal th
 
 MAX_ITEMS = 40  # of a list; comparing regardless of order takes up to the square of it
 
+_POINTS = re.compile(r"(\\(?:angle|triangle|overline|overrightarrow) ?)?\{?([A-Z]{2,})\}?")  # AB, \angle ABC
 _BASED = re.compile(r"^(\d+)_\{?(\d+)\}?$")
 _SET_BUILDER = re.compile(
     r"^\\\{([A-Za-z])(?:\\in(?: R|\\mathbb\{R\}))?(?:\\mid|:|\|)(\1[^{}:|]*|[^{}:|]*\1[^{}:|]*)\\\}$"
@@ -193,6 +194,10 @@ def _same_plain(gold: str, answer: str, leaf: Leaf, depth: int) -> bool:
         return False
     if (match := _LHS.match(gold)) and "=" not in match[2] and depth < 3:
         return _same_plain(match[2], answer, leaf, depth + 1)
+    if (points := _POINTS.fullmatch(gold)) and (others := _POINTS.fullmatch(answer)):
+        return points[2] == others[2] or (
+            points[1] is not None and "angle" in points[1] and points[2] == others[2][::-1]
+        )
     if any(re.fullmatch(r"[A-Z]{2,}|no|on", text) for text in (gold, answer)):
         is_word = has_words(gold) or gold.casefold() == "no"  # to algebra HT and TH, no and on are one product
         return is_word and gold.casefold() == answer.casefold()

@@ -83,6 +83,8 @@ def clean(text: str) -> str:
     text = re.sub(r"\s+", " ", text.translate(_CHARACTERS)).strip()
     while (match := re.fullmatch(r"\\(?:boxed|fbox)\s*\{(.*)\}", text, re.DOTALL)) is not None:
         text = match[1].strip()
+    if (match := re.fullmatch(TEXT + r"\s*\{\s*([-+]?\.?\d[^{}]*)\}", text)) is not None:
+        text = match[1]  # \text{6 feet}
     text = _MARKED_THOUSANDS.sub(lambda match: re.sub(r"\D", "", match[0]), text)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
