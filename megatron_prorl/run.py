@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import logging
-import os
 import socket
 import time
 import warnings
@@ -19,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 
@@ -37,41 +35,31 @@ from megatron_prorl.checkpoint.lock import only_writer
 from megatron_prorl.checkpoint.store import (
     CheckpointWriter,
     latest_checkpoint,
-    latest_sound_checkpoint,
     load_checkpoint,
     load_reference,
     prepare_run_dir,
     prune,
     save_reference,
 )
-from megatron_prorl.config.hf import hf_folder
-from megatron_prorl.config.run_dir import check_data, check_run_dir, record_config
 from megatron_prorl.config.schema import Config, ResetConfig
 from megatron_prorl.config.stages import ended_by, stage_config
-from megatron_prorl.data.chat import load_tokenizer
-from megatron_prorl.data.problems import TrainProblems, mixture
+from megatron_prorl.data.problems import mixture
 from megatron_prorl.errors import RunStopped, ToldToEnd, UserError
 from megatron_prorl.policy.device import Device, init_device, shutdown_device
 from megatron_prorl.policy.policy import Policy
+from megatron_prorl.rank_zero import RankZero
 from megatron_prorl.rollout.client import EngineClient
-from megatron_prorl.rollout.collector import Abandoned, Collector
+from megatron_prorl.rollout.collector import Abandoned
 from megatron_prorl.rollout.dispatch import NoEngineLeft
 from megatron_prorl.rollout.engine import EngineAddress, EngineSupervisor, check_one_machine, transfer_backend
 from megatron_prorl.stalls import Engine, Watch
-from megatron_prorl.tasks.pool import VerifierPool
-from megatron_prorl.tracking.lineage import LineageWriter, describe_event
-from megatron_prorl.tracking.metrics import MetricsWriter, PhaseTimer
-from megatron_prorl.tracking.progress import ProgressDisplay
+from megatron_prorl.tracking.metrics import PhaseTimer
 from megatron_prorl.tracking.requests import clear_requests, read_requests
-from megatron_prorl.tracking.rollouts import write_rollouts
-from megatron_prorl.tracking.status import StatusWriter
 from megatron_prorl.types import Collected, Event, Progress
 from megatron_prorl.weights.export import hf_metadata, iter_hf_weights
-from megatron_prorl.weights.hf import check_tokenizer_fits, keep_model_files
 from megatron_prorl.weights.sync import Weights, WeightSync
 
 MAX_REPEATS = 2  # of one collection that lost every engine
-PREDECESSOR_SECONDS = 1800.0  # in which a job's attempt before, on a node that Slurm has lost, notices that it is alone
 ANSWER_SECONDS = 5.0  # of an engine that is asked whether it lives
 SEEN_SECONDS = 60.0  # until a network file system shows what another node has made
 
@@ -136,7 +124,7 @@ class Run:
         self._saved = Progress()  # as the last checkpoint that was begun has it
         self._waits_for_checkpoint = False
         self._run_dir = Path(cfg.run_dir)
-        self._rank_zero = _RankZero(cfg, stack) if comm.is_rank_zero() else None
+        self._rank_zero = RankZero(cfg, stack) if comm.is_rank_zero() else None
         self._watch = stack.enter_context(self._watched(cfg))
         self._writer = stack.enter_context(CheckpointWriter(self._run_dir))
         checkpoint = comm.broadcast(self._rank_zero.find_checkpoint() if self._rank_zero else None)
@@ -249,7 +237,7 @@ class Run:
                 self._rank_zero.readmit_engines()
             return metrics
 
-    def _with_engines(self, work: Callable[[_RankZero], Result], *, abandonable: bool) -> tuple[Result | None, int]:
+    def _with_engines(self, work: Callable[[RankZero], Result], *, abandonable: bool) -> tuple[Result | None, int]:
         """What `work` returns on rank 0, None elsewhere, and how often it was repeated. Collective.
 
         Where no engine is left and rank 0 cannot restart one alone, all ranks do a sync, which restarts them, and the
@@ -300,7 +288,8 @@ class Run:
         """End the run with a checkpoint of the last step that is complete, in whose state it is."""
         step = self.progress.step
         self._settle(wait=True)
-        if step > 0 and comm.broadcast(_step_of(latest_checkpoint(self._run_dir)) if self._rank_zero else None) != step:
+        last = latest_checkpoint(self._run_dir) if self._rank_zero else None
+        if step > 0 and comm.broadcast(last and folders.step_of(last)) != step:
             self.checkpoint(wait=True)
         saved = f"step {step} is saved" if step else "no step was done yet"
         how = comm.broadcast(ending.how() if self._rank_zero else None)
@@ -504,130 +493,6 @@ class Run:
             self._rank_zero.display.phase(name)
 
 
-class _RankZero:
-    """What only rank 0 has: the run directory's lock, problems, verifiers, collector, trackers and display."""
-
-    def __init__(self, cfg: Config, stack: ExitStack) -> None:
-        self._cfg = cfg
-        self._stack = stack
-        self._run_dir = Path(cfg.run_dir)
-        began_again = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
-        patience = PREDECESSOR_SECONDS if began_again else 0.0
-        stack.enter_context(only_writer(self._run_dir, patience_seconds=patience))
-        self._status = stack.enter_context(StatusWriter(self._run_dir, cfg.steps))
-        self._changes = check_run_dir(cfg)
-        record_config(cfg)
-        prepare_run_dir(self._run_dir)
-        keep_model_files(hf_folder(cfg.model.path), self._run_dir / "hf")
-
-    def find_checkpoint(self) -> Path | None:
-        """Where the run goes on from. Reads all of it, so it may take long."""
-        with_reference = self._cfg.algorithm.kl.coefficient > 0
-        self.checkpoint = latest_sound_checkpoint(self._run_dir, with_reference=with_reference)
-        self._start_step = _step_of(self.checkpoint)
-        return self.checkpoint
-
-    def note_stall(self, cause: str) -> None:
-        self._status.end(cause)
-
-    def begin_stage(self, cfg: Config, progress: Progress) -> None:
-        """Open what depends on the stage, whose configuration `cfg` is, besides what needs the engines."""
-        self._cfg, stack = cfg, self._stack
-        self._status.begin(progress.step, progress.stage, progress.num_resets)
-        self.display = ProgressDisplay(cfg.steps, self._start_step, status=self._status)
-        stack.callback(self.display.close)
-        stack.enter_context(_warnings_to(self.display))
-        where = f"going on from step {self._start_step} of" if self.checkpoint else "a new run in"
-        stage = f", stage {cfg.stages[progress.stage].name}" if cfg.stages else ""
-        self.display.message(f"{where} {self._run_dir}{stage}")
-        self._lineage = LineageWriter(self._run_dir, self._start_step)
-        stack.callback(self._lineage.close)
-        if self._changes:
-            self.note({"event": "config", "step": self._start_step, "changed": self._changes})
-        self._metrics = MetricsWriter(self._run_dir, cfg.tracking, self._start_step)
-        stack.callback(self._metrics.close)
-        self.display.phase("start")
-
-    def open_problems(self, progress: Progress) -> None:
-        cfg, stack = self._cfg, self._stack
-        self.display.message(f"starting {cfg.rollout.engines.count} vLLM engine(s)")
-        self._tokenizer = load_tokenizer(hf_folder(cfg.model.path))
-        self._pool = VerifierPool(cfg.verifier, cfg.tasks)
-        stack.callback(self._pool.close)
-        self._problems = stack.enter_context(
-            TrainProblems(cfg.data, cfg.seed, progress.stage_start_draw, progress.source_counts)
-        )
-        check_data(cfg, self._problems.digests)
-
-    def note(self, event: Event) -> None:
-        self._lineage.write(event)
-        self.display.message(describe_event(event))
-
-    def check_tokenizer(self, hf: dict[str, Any]) -> None:
-        check_tokenizer_fits(hf, len(self._tokenizer))
-
-    def open_collector(self, sync: WeightSync, engines: list[EngineClient]) -> None:
-        """To be called once the engines are ready."""
-        self._collector = self._stack.enter_context(
-            Collector(
-                self._cfg,
-                self._problems,
-                self._tokenizer,
-                self._pool,
-                engines,
-                on_engine_died=sync.refresh,
-                on_progress=self._on_progress,
-            )
-        )
-        self._status.watch(self._collector.waits_for)
-
-    def readmit_engines(self) -> None:
-        self._collector.readmit_engines()
-
-    def collect(self, progress: Progress) -> Collected:
-        self._begin_phase("rollouts", self._cfg.rollout.prompts_per_step)
-        return self._collector.collect(progress.next_draw, progress.weight_version, is_told=ending.is_told)
-
-    def validate(self, abandonable: bool) -> dict[str, float]:
-        held_out, cfg = self._problems.held_out, self._cfg.validation
-        self._begin_phase("validation", len(held_out))
-        is_told = ending.is_told if abandonable else lambda: False
-        metrics, _ = self._collector.validate(held_out, cfg.samples, cfg.temperature, cfg.top_p, is_told=is_told)
-        return metrics
-
-    def log(self, step: int, metrics: dict[str, float], collected: Collected | None) -> None:
-        if collected:
-            write_rollouts(self._run_dir, step, collected)
-        self._metrics.write(step, metrics)
-        self.display.step_done(step, metrics)
-
-    def _begin_phase(self, name: str, total: int) -> None:
-        self._num_done = 0
-        self.display.phase(name, total)
-
-    def _on_progress(self, num_done: int, num_wanted: int) -> None:
-        heartbeat.doing(f"group {num_done} of {num_wanted}")
-        self.display.advance(num_done - self._num_done)
-        self._num_done = num_done
-
-
-@contextmanager
-def _warnings_to(display: ProgressDisplay) -> Iterator[None]:
-    """Show the package's warnings as lines that stay above the progress bars."""
-
-    class ToDisplay(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            display.message(f"{record.levelname.lower()}: {record.getMessage()}")
-
-    handler = ToDisplay(logging.WARNING)
-    logger = logging.getLogger("megatron_prorl")
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-
-
 def _ask_all(engines: list[EngineClient]) -> list[Engine]:
     """Whether each engine works, for the name of a stall."""
     with ThreadPoolExecutor(max(1, len(engines))) as threads:
@@ -652,7 +517,3 @@ def _check_seen(run_dir: Path, checkpoint: Path | None) -> None:
 def _marks(progress: Progress) -> set[str]:
     """Of the requests that the run has fulfilled."""
     return {event["request"] for event in progress.events if "request" in event}
-
-
-def _step_of(checkpoint: Path | None) -> int:
-    return read_state(checkpoint)["progress"]["step"] if checkpoint else 0

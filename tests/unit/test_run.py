@@ -206,7 +206,7 @@ def test_only_engines_that_share_gpus_are_waited_for_before_the_models_are_built
     fakes = {
         "EngineSupervisor": FakeSupervisor,
         "Policy": FakePolicy,
-        "_RankZero": type("FakeRankZero", (), no_engines),
+        "RankZero": type("FakeRankZero", (), no_engines),
         "transfer_backend": lambda cfg, device: backend,
         "hf_metadata": lambda hf, dtype: [],
         "WeightSync": lambda *_, **__: SimpleNamespace(close=lambda: None),
