@@ -208,7 +208,8 @@ def _slurm(run: Any, plan: Plan, chain: str) -> tuple[Any, Any]:
     folder = f"{base}/{plan.title}/{chain}/{TASK}"
     if site.tunnel.kind == "ssh":
         identity = site.tunnel.identity and os.path.expanduser(site.tunnel.identity)
-        tunnel = run.SSHTunnel(host=site.tunnel.host, user=site.tunnel.user, job_dir=base, identity=identity)
+        there = site.tunnel.model_dump(include={"host", "user", "port", "job_dir"})
+        tunnel = run.SSHTunnel(identity=identity, **there)
     else:
         tunnel = run.LocalTunnel(job_dir="")
     mounts = [*site.mounts, f"{site.checkout}:{site.checkout}"] if site.checkout else list(site.mounts)

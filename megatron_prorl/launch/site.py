@@ -33,11 +33,12 @@ class Tunnel(Section):
     host: NonEmpty | None = Field(None, description="of ssh: a login node")
     user: NonEmpty | None = Field(None, description="of ssh")
     job_dir: Absolute | None = Field(None, description="of ssh: folder there for scripts and logs, seen by all nodes")
+    port: Positive | None = Field(None, description="of ssh, if it is not 22")
     identity: NonEmpty | None = Field(None, description="of ssh: file of a private key")
 
     @model_validator(mode="after")
     def _check(self) -> Tunnel:
-        given = [name for name in ("host", "user", "job_dir", "identity") if getattr(self, name) is not None]
+        given = [name for name in ("host", "user", "job_dir", "port", "identity") if getattr(self, name) is not None]
         missing = [name for name in ("host", "user", "job_dir") if name not in given]
         if self.kind == "ssh" and missing:
             raise _problems(f"slurm.tunnel: ssh needs {', '.join(missing)}")

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import yaml
 from slurm_cluster import Cluster, cluster, missing
+from ssh_server import missing as ssh_missing
+from ssh_server import ssh_server
 from toy_run import ledger, steps, toy_config
 
 pytestmark = [
@@ -44,9 +46,11 @@ class Launch:
     folder: Path
 
     @classmethod
-    def of(cls, slurm: Cluster, folder: Path, config: dict[str, Any], venv: str = sys.prefix) -> Launch:
+    def of(
+        cls, slurm: Cluster, folder: Path, config: dict[str, Any], venv: str = sys.prefix, **more: dict[str, Any]
+    ) -> Launch:
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
-        site = {
+        site: dict[str, Any] = {
             "account": "lab",
             "gpus_per_node": 1,
             "checkout": str(REPOSITORY),
@@ -54,7 +58,7 @@ class Launch:
             "setup": "export MASTER_ADDR=127.0.0.1 OMP_NUM_THREADS=1",
             "warn_seconds": 120,
         }
-        (folder / "site.yaml").write_text(yaml.safe_dump({"slurm": site}))
+        (folder / "site.yaml").write_text(yaml.safe_dump({"slurm": site | more}))
         return cls(slurm, folder)
 
     def prorl(self, *options: str) -> str:
@@ -192,3 +196,23 @@ def test_a_single_job_begins_again_by_itself(slurm: Cluster, toy_model: Path, tm
     (job,) = launch.wait_for_end(launch.submit())
     assert (job["Restarts"], job["ExitCode"]) == ("2", "1:0")
     assert [attempt["restart"] for attempt in launch.attempts()] == [0, 1, 2]
+
+
+@pytest.mark.skipif(bool(ssh_missing()), reason=ssh_missing())
+def test_over_ssh_scripts_go_there_and_status_and_logs_come_back(
+    slurm: Cluster, toy_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is launched from has no way to Slurm but this."""
+    there = tmp_path / "there"
+    with ssh_server(tmp_path, slurm.variables) as server:
+        monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+        tunnel = server | {"kind": "ssh", "job_dir": str(there)}
+        config = toy_config(toy_model, tmp_path / "run")
+        launch = Launch.of(slurm, tmp_path, config, failing(tmp_path), tunnel=tunnel)
+        no_slurm = Launch(Cluster(tmp_path), tmp_path)
+        jobs = no_slurm.submit("--jobs", "4")
+        ended = launch.wait_for_end(jobs)
+        assert [job["ExitCode"] for job in ended] == ["75:0", "75:0", "1:0", "1:0"]
+        assert "job 3 has ended this chain with exit code 1" in no_slurm.prorl("--logs").replace(jobs[2], "3")
+        assert no_slurm.prorl("--status").count("FAILED") == 4
+        assert len(list(there.glob("*/*/prorl/sbatch_*.out"))) == 4
