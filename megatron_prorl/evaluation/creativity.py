@@ -26,7 +26,7 @@ from megatron_prorl.evaluation.estimators import Interval, bootstrap
 SHORTEST, LONGEST = 5, 12
 LENGTHS = range(SHORTEST, LONGEST + 1)
 SEPARATOR, UNKNOWN = 0, -1  # between documents of the corpus; a word that it does not have
-MOST_WORDS = 200_000_000  # of a corpus; 9 GB while it is sorted
+MOST_WORDS = 100_000_000  # of a corpus; 9 GB while it is sorted
 
 Ints = NDArray[np.int64]
 

@@ -54,7 +54,7 @@ def draw(figure: Figure, folder: Path) -> Drawing:
     rows = _legend_rows(labels) if len(labels) > 1 or kinds else 0
     left = LEFT + (0 if not figure.categories else CHARACTER * max(map(len, figure.categories)) - LEFT + 12)
     left = min(left + (12.0 if figure.ylabel else 0.0), 0.5 * WIDTH)
-    top = TOP + LEGEND_ROW * rows + (7.0 if rows else 0.0)
+    top = TOP + LEGEND_ROW * rows
     row = ROW + ROW_SERIES * len(figure.series)
     height = HEIGHT if not figure.categories else top + BOTTOM + row * (len(figure.categories) + 0.6)
 
@@ -65,7 +65,8 @@ def draw(figure: Figure, folder: Path) -> Drawing:
         axes = canvas.add_axes(box)
         dress(axes, "")
         axes.tick_params(labelsize=FONT, pad=3)
-        canvas.text(0.012, 1 - 5 / height, figure.title, fontsize=TITLE_FONT, fontweight="bold", va="top")
+        size = min(TITLE_FONT, 0.96 * WIDTH / (0.68 * len(figure.title)))
+        canvas.text(0.012, 1 - 5 / height, figure.title, fontsize=size, fontweight="bold", va="top")
         _frame(axes, figure)
         stacked: NDArray[np.float64] | None = None
         for number, series in enumerate(figure.series):
@@ -79,7 +80,7 @@ def draw(figure: Figure, folder: Path) -> Drawing:
                 handles,
                 labels,
                 loc="lower left",
-                bbox_to_anchor=((8 - left) / (WIDTH - left - RIGHT), 1 + 4 / (height - top - BOTTOM)),
+                bbox_to_anchor=((8 - left) / (WIDTH - left - RIGHT), 1 + 3 / (height - top - BOTTOM)),
                 ncols=math.ceil(len(labels) / rows),
                 frameon=False,
                 fontsize=FONT,
@@ -201,7 +202,8 @@ def _limits(axes: Axes, figure: Figure) -> None:
         axes.set_ylim(bottom=0.0)
     elif figure.zero and min(values, default=0.0) >= 0.0:
         highest = max(values, default=0.0)
-        axes.set_ylim(0.0, max(figure.top, 1.06 * highest) or 1.0)
+        upper = max(figure.top, 1.06 * highest) or 1.0
+        axes.set_ylim(-0.012 * upper, upper)  # a curve at 0 lies beside the axis, not under it
     elif values:
         middle, half = (min(values) + max(values)) / 2, 0.55 * (max(values) - min(values))
         half = max(half, 0.002 * abs(middle))  # noise in the last digits stays flat

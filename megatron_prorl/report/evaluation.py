@@ -41,14 +41,14 @@ REGIME_LOOKS = dict(zip(REGIMES, ((COLOURS[1], "v"), (COLOURS[4], "s"), (COLOURS
 REGIME_LOOKS[UNDECIDED] = ("#8C8C8C", "o")
 
 
-def sections(evaluation: Evaluation, corpus: Sequence[str], prefix: str) -> list[Section]:
-    """The report on an evaluation; `prefix` begins the names of its files, and is empty for the only one.
+def sections(evaluation: Evaluation, corpus: Sequence[str], prefix: str, *, named: bool) -> list[Section]:
+    """The report on an evaluation; `prefix` begins the names of its files, and `named` sections say whose they are.
 
     Raises UserError for a corpus or samples that cannot be read, and for more models than there are colours.
     """
     if len(evaluation.models) > len(COLOURS):
         raise UserError(f"{evaluation.folder}: {len(evaluation.models)} models are too many to tell apart by colour")
-    page = _Page(evaluation, prefix)
+    page = _Page(evaluation, prefix, named)
     parts = [
         page.curves(),
         page.regimes(),
@@ -65,16 +65,26 @@ def sections(evaluation: Evaluation, corpus: Sequence[str], prefix: str) -> list
 class _Page:
     """One evaluation's sections, each from one analysis."""
 
-    def __init__(self, evaluation: Evaluation, prefix: str) -> None:
+    def __init__(self, evaluation: Evaluation, prefix: str, named: bool) -> None:
         self.evaluation = evaluation
         self.prefix = prefix
+        self.named = named
+        self.figures: set[str] = set()  # names that are given
+        self.tables: set[str] = set()
         self.looks = dict(zip(evaluation.models, zip(COLOURS, cycle(MARKERS), strict=False), strict=False))
 
-    def _name(self, text: str) -> str:
-        return "".join(character if character.isalnum() else "_" for character in self.prefix + text)
+    def _name(self, text: str, given: set[str]) -> str:
+        """A file's; one that was given already gets a number."""
+        plain = name = "".join(character if character.isalnum() else "_" for character in self.prefix + text)
+        number = 1
+        while name in given:
+            number += 1
+            name = f"{plain}_{number}"
+        given.add(name)
+        return name
 
     def _title(self, text: str) -> str:
-        return f"{text}: {self.evaluation.name}" if self.prefix else text
+        return f"{text}: {self.evaluation.name}" if self.named else text
 
     def _curve(self, model: str, curve: Sequence[Interval]) -> Series:
         colour, marker = self.looks[model]
@@ -92,7 +102,12 @@ class _Page:
     def _pass_figure(self, name: str, title: str, curves: dict[str, list[Interval]]) -> Figure:
         series = [self._curve(model, curve) for model, curve in curves.items()]
         return Figure(
-            name=self._name(name), title=title, series=series, xlabel="k, samples of a problem", log2=True, top=10.0
+            name=self._name(name, self.figures),
+            title=title,
+            series=series,
+            xlabel="k, samples of a problem",
+            log2=True,
+            top=10.0,
         )
 
     def curves(self) -> Section:
@@ -126,7 +141,7 @@ class _Page:
             f"at most {specs['max_tokens']} tokens. Shaded: 95% over problems.",
             *(f"Not all the same: {difference}." for difference in found.results["differences"]),
         ]
-        table = Table(name=self._name("pass_at_k"), header=header, rows=rows)
+        table = Table(name=self._name("pass_at_k", self.tables), header=header, rows=rows)
         return Section(title=self._title("pass@k"), text=text, figures=figures, tables=[table])
 
     def regimes(self) -> Section | None:
@@ -152,7 +167,7 @@ class _Page:
                     )
                 )
         figure = Figure(
-            name=self._name("regimes"),
+            name=self._name("regimes", self.figures),
             title=f"Gain of pass@{k}, early and late (points)",
             series=series,
             xlabel=f"{intermediate} minus {base}",
@@ -179,7 +194,7 @@ class _Page:
             f"so that a task gets a wrong name with a probability of at most {LEVEL:.0%}; undecided are those of which "
             "nothing can be said, for too few problems or another course.",
         ]
-        table = Table(name=self._name("regimes"), header=header, rows=rows)
+        table = Table(name=self._name("regimes", self.tables), header=header, rows=rows)
         return Section(title=self._title("Regimes"), text=text, figures=[figure], tables=[table])
 
     def gains(self) -> Section | None:
@@ -197,7 +212,7 @@ class _Page:
             names=tasks,
         )
         figure = Figure(
-            name=self._name("gain"),
+            name=self._name("gain", self.figures),
             title=f"Relative gain of {last} at pass@{k} (%)",
             series=[points],
             xlabel=f"pass@{k} of {first} (%)",
@@ -224,7 +239,7 @@ class _Page:
             for task in self.evaluation.tasks
         ]
         header = ["task", f"pass@{k} of {first}", f"of {last}", "gain, points", "relative gain"]
-        table = Table(name=self._name("gain"), header=header, rows=rows)
+        table = Table(name=self._name("gain", self.tables), header=header, rows=rows)
         figures = [figure] if tasks else []
         return Section(title=self._title("Gain against the base model"), text=text, figures=figures, tables=[table])
 
@@ -247,7 +262,7 @@ class _Page:
                 )
             figures.append(
                 Figure(
-                    name=self._name(f"shift_{domain}"),
+                    name=self._name(f"shift_{domain}", self.figures),
                     title=f"Problems by pass@1: {domain} (% of them)",
                     series=series,
                     xlabel="pass@1 (%)",
@@ -259,7 +274,7 @@ class _Page:
             f"Shares of the problems in %; newly solved and lost against {base} in as many samples; distance is "
             f"Wasserstein's from the distribution of {base}, in points of pass@1"
         )
-        table = Table(name=self._name("shift"), header=header, rows=rows, note=note)
+        table = Table(name=self._name("shift", self.tables), header=header, rows=rows, note=note)
         return Section(title=self._title("Shift of pass@1"), figures=figures, tables=[table])
 
     def sweeps(self) -> list[Section]:
@@ -288,7 +303,7 @@ class _Page:
                     )
                 figures.append(
                     Figure(
-                        name=self._name(f"sweep_{family}_pass_at_{tries}"),
+                        name=self._name(f"sweep_{family}_pass_at_{tries}", self.figures),
                         title=f"pass@{tries} of {family} by {what} (%)",
                         series=series,
                         xlabel=what,
@@ -307,7 +322,7 @@ class _Page:
                 rows.append([f"{value:g}", "no" if found.tasks[task]["out_of_distribution"] else "yes", *cells])
             header = [what, "trained"]
             header += [cell for model in found.models for cell in (f"{model}: pass@1 (95%)", f"pass@{k}")]
-            table = Table(name=self._name(f"sweep_{family}"), header=header, rows=rows)
+            table = Table(name=self._name(f"sweep_{family}", self.tables), header=header, rows=rows)
             title = self._title(f"Difficulty of {family}")
             parts.append(Section(title=title, figures=figures, tables=[table]))
         return parts
@@ -336,7 +351,7 @@ class _Page:
                 )
             )
         figure = Figure(
-            name=self._name("ood"),
+            name=self._name("ood", self.figures),
             title="Out of distribution: pass@1 (%)",
             series=series,
             xlabel="pass@1",
@@ -350,7 +365,7 @@ class _Page:
             + [cell for model in others for cell in (_difference(row.change[model]), _p(row.p[model]))]
             for name, row in found.items()
         ]
-        table = Table(name=self._name("ood"), header=header, rows=rows)
+        table = Table(name=self._name("ood", self.tables), header=header, rows=rows)
         return Section(title=self._title("Out of distribution"), figures=[figure], tables=[table])
 
     def lengths(self) -> Section:
@@ -385,17 +400,23 @@ class _Page:
                 )
         figures = [
             Figure(
-                name=self._name("lengths"),
+                name=self._name("lengths", self.figures),
                 title="Response length: median and quartiles",
                 series=tokens,
                 xlabel="tokens",
                 categories=domains,
             ),
-            Figure(name=self._name("truncated"), title="Responses cut (%)", series=cut, xlabel="%", categories=domains),
+            Figure(
+                name=self._name("truncated", self.figures),
+                title="Responses cut (%)",
+                series=cut,
+                xlabel="%",
+                categories=domains,
+            ),
         ]
         header = ["domain", "model", "tokens", "of right answers", "of wrong ones"]
         header += [" / ".join(f"{share:.0%}" for share in LENGTH_QUANTILES), "cut"]
-        table = Table(name=self._name("lengths"), header=header, rows=rows)
+        table = Table(name=self._name("lengths", self.tables), header=header, rows=rows)
         return Section(title=self._title("Length"), figures=figures, tables=[table])
 
     def creativity(self, corpus: Sequence[str]) -> Section | None:
@@ -415,7 +436,7 @@ class _Page:
             if shares := [100 * share for share in tasks[OVERALL].uniqueness]:
                 series.append(Series(label=model, x=LENGTHS, y=shares, colour=colour, marker=marker, kind="marked"))
         figure = Figure(
-            name=self._name("creativity"),
+            name=self._name("creativity", self.figures),
             title="L-uniqueness, mean over tasks (%)",
             series=series,
             xlabel="L, words in a row",
@@ -445,7 +466,7 @@ class _Page:
             "The index says what stands in this corpus, not what the model was trained on: against a small corpus "
             "everything looks new. Short or formal answers overlap by their form alone, and paraphrases count as new.",
         ]
-        table = Table(name=self._name("creativity"), header=header, rows=rows)
+        table = Table(name=self._name("creativity", self.tables), header=header, rows=rows)
         figures = [figure] if series else []
         return Section(title=self._title("Creativity index"), text=text, figures=figures, tables=[table])
 

@@ -39,8 +39,8 @@ def report(folders: Sequence[str], out: str | None = None, corpus: Sequence[str]
                     f"figures up to step {run.found['step']} of {run.found['steps']}"
                 )
     for number, found in enumerate(evaluations, 1):
-        prefix = f"{number}_{found.name}_" if len(evaluations) > 1 else ""
-        sections += evaluation.sections(found, corpus, prefix)
+        prefix = f"eval{number}_" if len(folders) > 1 else ""
+        sections += evaluation.sections(found, corpus, prefix, named=len(evaluations) > 1)
         about += [f"{found.name}: {found.folder.resolve()}"]
         about += [f"{found.name}, {name}: {path}" for name, path in found.results["paths"].items()]
     title = ", ".join("/".join(Path(folder).resolve().parts[-2:]) for folder in folders)

@@ -297,7 +297,7 @@ def _pass_rates(runs: Sequence[Run]) -> list[Figure]:
                 lost = [share(row, name) for row in drawn]
                 if any(lost):
                     passed.append(run.curve(steps, lost, label, colour=colour))
-    title = "Dynamic sampling: share of groups that pass" + ("" if several else ", or are dropped")
+    title = "Dynamic sampling: share of groups" + (" that pass" if several else "")
     note = "" if several else "Dropped: every reward 0 (all wrong), 1 (all right), or the same in between (all alike)."
     return [Figure(name="pass_rate", title=title, series=passed, marks=_marks(runs), note=note)] if passed else []
 
@@ -339,23 +339,21 @@ def _time(runs: Sequence[Run]) -> Section:
 
 def _time_table(runs: Sequence[Run]) -> Table:
     """Where the seconds went, in all steps together."""
-    rows = []
-    for run in runs:
-        whole = math.fsum(points(run.rows, "time/step")[1])
-        phases = sorted(
-            {key[5:] for row in run.rows for key in row if key.startswith("time/")} - {"step", "generating"}
-        )
-        for phase in sorted(phases, key=lambda phase: (*PHASES, phase).index(phase)):
-            seconds = math.fsum(points(run.rows, f"time/{phase}")[1])
-            share = f"{seconds / whole:.1%}" if whole else "–"
-            rows.append([run.name, phase, f"{seconds:,.1f}", share])
-        generating = math.fsum(points(run.rows, "time/generating")[1])
-        rows.append(
-            [run.name, "of collect: generating", f"{generating:,.1f}", f"{generating / whole:.1%}" if whole else "–"]
-        )
-        rows.append([run.name, f"all steps ({duration(whole)})", f"{whole:,.1f}", "–"])
-    title = "Seconds by phase; checkpoints, logs and the first sync are beside the steps"
-    return Table(name="time", title=title, header=["run", "phase", "seconds", "of the steps"], rows=rows)
+    found = {key[5:] for run in runs for row in run.rows for key in row if _is_other_phase(key)}
+    wholes = [math.fsum(points(run.rows, "time/step")[1]) for run in runs]
+
+    def cells(phase: str) -> list[str]:
+        seconds = [math.fsum(points(run.rows, f"time/{phase}")[1]) for run in runs]
+        return [
+            f"{spent:,.1f} ({spent / whole:.1%})" if whole else "–"
+            for spent, whole in zip(seconds, wholes, strict=True)
+        ]
+
+    rows = [[phase, *cells(phase)] for phase in (*PHASES, *sorted(found))]
+    rows.insert(1, ["of that, an engine generating", *cells("generating")])
+    rows.append(["all steps", *(duration(whole) for whole in wholes)])
+    title = "Seconds by phase, and their share of the steps; checkpoint and log are beside these"
+    return Table(name="time", title=title, header=["phase", *(run.name for run in runs)], rows=rows)
 
 
 def _is_other_phase(key: str) -> bool:

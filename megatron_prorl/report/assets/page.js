@@ -40,7 +40,8 @@
       figure.appendChild(this.tip);
       make(this.svg, "rect", { x: left, y: top, width: right - left, height: bottom - top, fill: "transparent" });
       this.svg.addEventListener("pointermove", event => this.move(event));
-      this.svg.addEventListener("pointerleave", () => this.hide());
+      // A finger leaves as soon as it is lifted: its values stay until it touches something else.
+      this.svg.addEventListener("pointerleave", event => { if (event.pointerType === "mouse") this.hide(); });
       this.svg.addEventListener("pointerdown", event => this.down(event));
       this.svg.addEventListener("pointerup", event => this.up(event));
       this.svg.addEventListener("dblclick", () => zoom(this.xlabel, null));
@@ -134,7 +135,8 @@
     }
     down(event) {
       const place = this.at(event);
-      if (!this.canZoom || event.pointerType !== "mouse" || !this.inside(place)) return;
+      if (event.pointerType !== "mouse") return this.move(event);
+      if (!this.canZoom || !this.inside(place)) return;
       this.from = place[0];
       this.svg.setPointerCapture(event.pointerId);
       event.preventDefault();
@@ -222,6 +224,9 @@
   };
   for (const figure of document.querySelectorAll("figure")) panels.push(new Panel(figure));
   document.querySelector(".hint").hidden = !matchMedia("(hover: hover)").matches;
+  addEventListener("pointerdown", event => {
+    for (const panel of panels) if (!panel.figure.contains(event.target)) panel.hide();
+  });
   const opened = [];
   addEventListener("beforeprint", () => document.querySelectorAll("details:not([open])").forEach(node => { node.open = true; opened.push(node); }));
   addEventListener("afterprint", () => opened.splice(0).forEach(node => { node.open = false; }));

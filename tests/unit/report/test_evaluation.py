@@ -70,7 +70,7 @@ def test_tables_hold_what_was_evaluated(folder: Path) -> None:
 def test_runs_and_evaluations_share_a_page(folder: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     other = make_evaluation(tmp_path / "other", {"base": {"gcd": [1, 2]}}, 2, name="one model")
-    page = report([str(run), str(folder), str(other)])
+    page = report([str(run), str(folder), str(other)])  # whose figures would have names in common
     assert page == run / "report" / "report.html"
     titles = re.findall(r"<h2>(.*?)</h2>", page.read_text())
     assert titles[0] == "Run"
@@ -92,3 +92,11 @@ def test_what_is_wrong_with_a_corpus_is_one_line(folder: Path, tmp_path: Path) -
     (tmp_path / "corpus.txt").write_text("some words")
     (folder / "samples" / "mid.jsonl").write_text('{"suite": "x"}\n{"problem": "g6/1", "sample": 0, "sc\n')
     assert line(folder, corpus=str(tmp_path / "corpus.txt")).startswith(f"{folder}/samples/mid.jsonl line 2: not JSON")
+
+
+def test_tasks_and_domains_of_one_name_have_files_of_their_own(tmp_path: Path) -> None:
+    counts = {"base": {"logic": [1], "a b": [0], "a_b": [2], "sums": [1]}}
+    page = report([str(make_evaluation(tmp_path / "out", counts, 2, sums={"domain": "math"}))])
+    figures = {path.stem for path in (page.parent / "figures").glob("pass_at_k*.svg")}
+    names = ("logic", "logic_2", "a_b", "a_b_2", "sums", "math")
+    assert figures == {"pass_at_k", *(f"pass_at_k_{name}" for name in names)}
