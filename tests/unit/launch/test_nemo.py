@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,13 @@ from megatron_prorl.errors import UserError
 from megatron_prorl.launch import prorl_task
 from megatron_prorl.launch.site import Site, SlurmSite, Tunnel
 
-pytest.importorskip("nemo_run", reason="NeMo-Run is not installed")
+config = pytest.importorskip("nemo_run.config", reason="NeMo-Run is not installed")
 
 from megatron_prorl.launch import nemo  # noqa: E402
 
 REPOSITORY = Path(__file__).parents[3]
 SCRIPTS = Path(__file__).parent / "scripts"
+HOME = "/home/me/.nemo_run"
 CHECKOUT = "/shared/me/megatron_prorl"
 VENV = SlurmSite(
     account="my_account",
@@ -65,7 +69,7 @@ CONFIG = {
 
 @pytest.fixture(autouse=True)
 def home(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NEMORUN_HOME", "/home/me/.nemo_run")
+    monkeypatch.setattr(config, "_NEMORUN_HOME", HOME)  # read when it is imported
 
 
 def plan(folder: Path, site: SlurmSite | None, *overrides: str, **options: Any) -> nemo.Plan:
@@ -90,7 +94,7 @@ def test_the_script_is_one_that_bash_reads(name: str) -> None:
 
 
 def test_a_dry_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NEMORUN_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(config, "_NEMORUN_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     before = sorted([*os.listdir(tmp_path), "config.yaml"])
     script(tmp_path, "venv_chain.sh")
@@ -136,6 +140,39 @@ def test_what_cannot_be_launched_is_one_line(
     assert str(caught.value) == line
 
 
+def git(folder: Path, *words: str) -> None:
+    me = ["-c", "user.name=me", "-c", "user.email=me@cluster.example"]
+    subprocess.run(["git", *me, *words], cwd=folder, check=True, capture_output=True)
+
+
+def test_without_a_checkout_there_the_last_commit_is_sent_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkout, site = tmp_path / "checkout", VENV.model_copy(update={"checkout": None})
+    checkout.mkdir()
+    monkeypatch.chdir(checkout)
+    monkeypatch.setattr("sys.stdin", io.StringIO())  # NeMo-Run's shell commands read it, which pytest forbids
+    absolute = ("run_dir=/shared/me/run", "model.path=/shared/me/model")
+    with pytest.raises(UserError, match="not in a checkout, whose last commit could be sent"):
+        plan(tmp_path, site, *absolute)
+    git(checkout, "init")
+    (checkout / "code.py").write_text("1\n")
+    git(checkout, "add", "code.py")
+    git(checkout, "commit", "-m", "one")
+    (checkout / "not_added.py").write_text("2\n")
+    script = nemo.dry_run(plan(tmp_path, site, *absolute))
+    (workdir,) = re.findall(r" --chdir (\S+) ", script)
+    assert re.fullmatch(r"/home/me/\.nemo_run/experiments/run-\w+/run-\w+/prorl/code", workdir)
+    planned = plan(tmp_path, site, *absolute)
+    with nemo._experiment(planned, "1", str(tmp_path / "base")) as found:
+        found.dryrun(log=False, delete_exp_dir=False)
+    (code,) = (tmp_path / "base").glob("experiments/*/*/prorl/code")
+    assert os.listdir(code) == ["code.py"]
+    (checkout / "code.py").write_text("3\n")
+    with pytest.raises(UserError, match="the last commit is sent, and there are changes since; commit them"):
+        plan(tmp_path, site, *absolute)
+
+
 def test_a_path_that_nemo_run_would_replace_is_refused(tmp_path: Path) -> None:
     site = VENV.model_copy(update={"venv": "/shared/nemo_run/venv"})
     with pytest.raises(UserError, match="NeMo-Run replaces /nemo_run in paths; use another one"):
@@ -154,9 +191,7 @@ def test_without_nemo_run_there_is_one_clear_line(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    os.environ["NEMORUN_HOME"] = "/home/me/.nemo_run"
-    import tempfile
-
+    config.set_nemorun_home(HOME)
     with tempfile.TemporaryDirectory() as written:
         for each in LAUNCHES:
             (SCRIPTS / each).write_text(script(Path(written), each))

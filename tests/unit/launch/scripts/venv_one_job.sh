@@ -13,7 +13,7 @@
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8
 #SBATCH --open-mode=append
-#SBATCH --output=/root/.nemo_run/experiments/golden-d78d74/golden-d78d74_20260101000000/prorl/sbatch_golden-d78d74.prorl_%j.out
+#SBATCH --output=/home/me/.nemo_run/experiments/golden-d78d74/golden-d78d74_20260101000000/prorl/sbatch_golden-d78d74.prorl_%j.out
 #SBATCH --partition=batch
 #SBATCH --qos=high
 #SBATCH --signal=USR1@600
@@ -35,8 +35,8 @@ head_node=${nodes_array[0]}
 head_node_ip=$(srun --nodes=1 --ntasks=1 -w "$head_node" hostname --ip-address)
 
 # The configuration, once for all jobs of the chain. Change in that file what may change while a run goes on.
-mkdir -p /root/.nemo_run/experiments/golden-d78d74/golden-d78d74_20260101000000/prorl/configs
-[ -e /root/.nemo_run/experiments/golden-d78d74/golden-d78d74_20260101000000/prorl/configs/config.yaml ] || cat >/root/.nemo_run/experiments/golden-d78d74/golden-d78d74_20260101000000/prorl/configs/config.yaml <<'END_OF_CONFIG'
+mkdir -p /home/me/.nemo_run/experiments/golden-d78d74/golden-d78d74_20260101000000/prorl/configs
+[ -e /home/me/.nemo_run/experiments/golden-d78d74/golden-d78d74_20260101000000/prorl/configs/config.yaml ] || cat >/home/me/.nemo_run/experiments/golden-d78d74/golden-d78d74_20260101000000/prorl/configs/config.yaml <<'END_OF_CONFIG'
 run_dir: runs/golden
 steps: 3000
 model:
@@ -63,8 +63,8 @@ export NCCL_SOCKET_IFNAME=ib0
 export PATH=/shared/me/megatron_prorl/.venv/bin:$PATH
 export MASTER_ADDR=${MASTER_ADDR:-$head_node} MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
 export PRORL_CHAIN=golden-d78d74_20260101000000
-attempt() { python3 -m megatron_prorl.launch.attempts "$@" /root/.nemo_run/experiments/golden-d78d74/golden-d78d74_20260101000000/prorl/configs/config.yaml; }
-cd /root/.nemo_run/experiments/golden-d78d74/golden-d78d74_20260101000000/prorl/code
+attempt() { python3 -m megatron_prorl.launch.attempts "$@" /home/me/.nemo_run/experiments/golden-d78d74/golden-d78d74_20260101000000/prorl/configs/config.yaml; }
+cd /home/me/.nemo_run/experiments/golden-d78d74/golden-d78d74_20260101000000/prorl/code
 # Whether there is anything to do, and when the ranks have ended, whether to begin again; docs/slurm.md. Who is told to
 # end by a signal here leaves that to the next job.
 attempt begin
@@ -85,7 +85,7 @@ trap 'trap - EXIT; exit 143' TERM
 
 # Command 1
 
-srun --output /root/.nemo_run/experiments/golden-d78d74/golden-d78d74_20260101000000/prorl/log-golden-d78d74.prorl_%j_${SLURM_RESTART_COUNT:-0}.out --chdir /root/.nemo_run/experiments/golden-d78d74/golden-d78d74_20260101000000/prorl/code --wait=60 --kill-on-bad-exit=1 --kill-on-bad-exit=0 --cpu-bind=none --label bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"' rank python3 -m megatron_prorl.cli train /root/.nemo_run/experiments/golden-d78d74/golden-d78d74_20260101000000/prorl/configs/config.yaml
+srun --output /home/me/.nemo_run/experiments/golden-d78d74/golden-d78d74_20260101000000/prorl/log-golden-d78d74.prorl_%j_${SLURM_RESTART_COUNT:-0}.out --chdir /home/me/.nemo_run/experiments/golden-d78d74/golden-d78d74_20260101000000/prorl/code --wait=60 --kill-on-bad-exit=1 --kill-on-bad-exit=0 --cpu-bind=none --label bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"' rank python3 -m megatron_prorl.cli train /home/me/.nemo_run/experiments/golden-d78d74/golden-d78d74_20260101000000/prorl/configs/config.yaml
 
 exitcode=$?
 
