@@ -96,6 +96,7 @@ def read_evaluation(folder: str | Path) -> Evaluation:
         for model in found.models:
             for task in found.tasks:
                 assert len(found.correct(model, task)) == len(found.correct(found.models[0], task))
+        lengths(found)
     except (ValueError, LookupError, TypeError, AttributeError, AssertionError):
         raise UserError(f"{path}: not the results of prorl eval; run the evaluation again, its samples stay") from None
     return found
@@ -307,6 +308,26 @@ def out_of_distribution(evaluation: Evaluation) -> dict[str, Outside]:
             p={model: corrected[model].get(name, change[model][name].p) for model in others},
         )
         for name, tasks in groups.items()
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Length:
+    """How many tokens a model's samples have."""
+
+    samples: int
+    tokens: float  # mean
+    tokens_right: float | None  # means of the samples that pass and of the others; None where there are none
+    tokens_wrong: float | None
+    quantiles: list[float]  # at results.LENGTH_QUANTILES
+    truncated: float  # share that was cut at the maximum
+
+
+def lengths(evaluation: Evaluation) -> dict[str, dict[str, Length]]:
+    """By domain and model."""
+    found = evaluation.results["lengths"]
+    return {
+        domain: {model: Length(**found[model][domain]) for model in evaluation.models} for domain in evaluation.domains
     }
 
 

@@ -12,6 +12,7 @@ from megatron_prorl.evaluation.analysis import (
     Evaluation,
     distribution_shift,
     domain_curves,
+    lengths,
     out_of_distribution,
     regimes,
     relative_gains,
@@ -86,21 +87,41 @@ class _Page:
     def _title(self, text: str) -> str:
         return f"{text}: {self.evaluation.name}" if self.named else text
 
-    def _curve(self, model: str, curve: Sequence[Interval]) -> Series:
+    def _curve(self, model: str, x: Sequence[float], curve: Sequence[Interval]) -> Series:
+        """In percent, over x."""
         colour, marker = self.looks[model]
+        points = [_percent(point) for point in curve]
         return Series(
             label=model,
-            x=self.evaluation.results["k"],
-            y=[100 * point.mean for point in curve],
-            low=[100 * point.low for point in curve],
-            high=[100 * point.high for point in curve],
+            x=x,
+            y=[point.mean for point in points],
+            low=[point.low for point in points],
+            high=[point.high for point in points],
             colour=colour,
             marker=marker,
             kind="marked",
         )
 
+    def _dots(self, number: int, points: Sequence[Interval], names: Sequence[str]) -> Series:
+        """A model's, one beside each name; those of several models below each other."""
+        model = self.evaluation.models[number]
+        colour, marker = self.looks[model]
+        offset = 0.22 * (number - (len(self.evaluation.models) - 1) / 2)
+        wide = any(point.low < point.high for point in points)
+        return Series(
+            label=model,
+            x=[point.mean for point in points],
+            y=[place + offset for place in range(len(points))],
+            low=[point.low for point in points] if wide else (),
+            high=[point.high for point in points] if wide else (),
+            names=names,
+            colour=colour,
+            marker=marker,
+            kind="points",
+        )
+
     def _pass_figure(self, name: str, title: str, curves: dict[str, list[Interval]]) -> Figure:
-        series = [self._curve(model, curve) for model, curve in curves.items()]
+        series = [self._curve(model, self.evaluation.results["k"], curve) for model, curve in curves.items()]
         return Figure(
             name=self._name(name, self.figures),
             title=title,
@@ -285,22 +306,11 @@ class _Page:
             marks = [Mark(x=value, kind="note", colour=GREY, text="trained") for value in trained]
             figures, rows = [], []
             for tries in sorted({1, k}):
-                series = []
-                for model in found.models:
-                    colour, marker = self.looks[model]
-                    curve = [found.interval(model, task, tries) for _, task in points]
-                    series.append(
-                        Series(
-                            label=model,
-                            x=[value for value, _ in points],
-                            y=[100 * point.mean for point in curve],
-                            low=[100 * point.low for point in curve],
-                            high=[100 * point.high for point in curve],
-                            colour=colour,
-                            marker=marker,
-                            kind="marked",
-                        )
-                    )
+                values = [value for value, _ in points]
+                series = [
+                    self._curve(model, values, [found.interval(model, task, tries) for _, task in points])
+                    for model in found.models
+                ]
                 figures.append(
                     Figure(
                         name=self._name(f"sweep_{family}_pass_at_{tries}", self.figures),
@@ -332,24 +342,10 @@ class _Page:
         if not found:
             return None
         models = self.evaluation.models
-        series = []
-        for number, model in enumerate(models):
-            colour, marker = self.looks[model]
-            offset = 0.22 * (number - (len(models) - 1) / 2)
-            points = [row.pass_at_1[model] for row in found.values()]
-            series.append(
-                Series(
-                    label=model,
-                    x=[100 * point.mean for point in points],
-                    y=[place + offset for place in range(len(found))],
-                    low=[100 * point.low for point in points],
-                    high=[100 * point.high for point in points],
-                    names=list(found),
-                    colour=colour,
-                    marker=marker,
-                    kind="points",
-                )
-            )
+        series = [
+            self._dots(number, [_percent(row.pass_at_1[model]) for row in found.values()], list(found))
+            for number, model in enumerate(models)
+        ]
         figure = Figure(
             name=self._name("ood", self.figures),
             title="Out of distribution: pass@1 (%)",
@@ -369,35 +365,29 @@ class _Page:
         return Section(title=self._title("Out of distribution"), figures=[figure], tables=[table])
 
     def lengths(self) -> Section:
-        found: dict[str, dict[str, dict[str, float | None | list[float]]]] = self.evaluation.results["lengths"]
-        domains = list(self.evaluation.domains)
-        models = self.evaluation.models
+        found = lengths(self.evaluation)
         low, middle, high = (LENGTH_QUANTILES.index(share) for share in (0.25, 0.5, 0.75))
-        tokens, cut, rows = [], [], []
-        for number, model in enumerate(models):
-            colour, marker = self.looks[model]
-            offset = 0.22 * (number - (len(models) - 1) / 2)
-            look = {"label": model, "y": [place + offset for place in range(len(domains))], "colour": colour}
-            look |= {"marker": marker, "kind": "points", "names": domains}
-            quantiles = [found[model][domain]["quantiles"] for domain in domains]
-            tokens.append(
-                Series(
-                    x=[row[middle] for row in quantiles],  # type: ignore[index]
-                    low=[row[low] for row in quantiles],  # type: ignore[index]
-                    high=[row[high] for row in quantiles],  # type: ignore[index]
-                    **look,  # type: ignore[arg-type]
-                )
-            )
-            shares = [100 * found[model][domain]["truncated"] for domain in domains]  # type: ignore[operator]
-            cut.append(Series(x=shares, **look))  # type: ignore[arg-type]
-        for domain in domains:
-            for model in models:
-                row = found[model][domain]
-                means = [row[key] for key in ("tokens", "tokens_right", "tokens_wrong")]
+        tokens, cut = [], []
+        for number, model in enumerate(self.evaluation.models):
+            rows_of_model = [of_domain[model] for of_domain in found.values()]
+            quartiles = [
+                Interval(mean=row.quantiles[middle], low=row.quantiles[low], high=row.quantiles[high])
+                for row in rows_of_model
+            ]
+            shares = [
+                Interval(mean=share, low=share, high=share) for share in (100 * row.truncated for row in rows_of_model)
+            ]
+            tokens.append(self._dots(number, quartiles, list(found)))
+            cut.append(self._dots(number, shares, list(found)))
+        rows = []
+        for domain, of_domain in found.items():
+            for model, row in of_domain.items():
+                means = (row.tokens, row.tokens_right, row.tokens_wrong)
                 rows.append(
                     [domain, model, *("–" if mean is None else f"{mean:,.0f}" for mean in means)]
-                    + [" / ".join(f"{value:,.0f}" for value in row["quantiles"]), f"{100 * row['truncated']:.1f}%"]  # type: ignore[union-attr,operator]
+                    + [" / ".join(f"{value:,.0f}" for value in row.quantiles), f"{100 * row.truncated:.1f}%"]
                 )
+        domains = list(found)
         figures = [
             Figure(
                 name=self._name("lengths", self.figures),
@@ -471,6 +461,10 @@ class _Page:
         return Section(title=self._title("Creativity index"), text=text, figures=figures, tables=[table])
 
 
+def _percent(found: Interval) -> Interval:
+    return Interval(mean=100 * found.mean, low=100 * found.low, high=100 * found.high)
+
+
 def _interval(found: Interval | Difference, scale: float = 100.0, form: str = "{:.1f}") -> str:
     show: Callable[[float], str] = lambda value: form.format(scale * value)  # noqa: E731
     return f"{show(found.mean)} ({show(found.low)} to {show(found.high)})"
@@ -486,5 +480,5 @@ def _p(p: float) -> str:
 
 def _correlation(found: Correlation | None) -> str:
     if found is None:
-        return "too few tasks for one"
+        return "none, for too few tasks or no difference between them"
     return f"{found.value:+.2f} (95%: {found.low:+.2f} to {found.high:+.2f}; p = {_p(found.p)}; {found.num} tasks)"

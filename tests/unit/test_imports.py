@@ -29,6 +29,7 @@ WITHOUT_TORCH = (
     "stalls",
     "checkpoint.branch",
     "tracking.tree",
+    "report.report",
 )
 
 

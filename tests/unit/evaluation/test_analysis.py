@@ -16,6 +16,7 @@ from megatron_prorl.evaluation.analysis import (
     Evaluation,
     distribution_shift,
     domain_curves,
+    lengths,
     out_of_distribution,
     read_evaluation,
     regimes,
@@ -93,6 +94,16 @@ def test_the_shift_of_a_domain_counts_problems(evaluation: Evaluation) -> None:
     assert final.histogram == pytest.approx([5 / 9, *[0] * 8, 4 / 9])
     assert final.distance == pytest.approx((2 + 3 + 4) / 4 / 9)  # 0 0 0 0 0 0 1 2 4 to 0 0 0 0 0 4 4 4 4, less 4
     assert final.change.mean == pytest.approx(((8 - 6) / 16 + 4 / 8 + (4 - 1) / 12) / 3)
+
+
+def test_lengths_are_of_the_samples_of_a_domain(evaluation: Evaluation) -> None:
+    """10 tokens where right, 20 where wrong; wrong ones of the task "cut" are cut."""
+    final = lengths(evaluation)["logic"]["final"]
+    right = 4 + 4 + 4 + 4
+    assert (final.samples, final.tokens) == (9 * 4, pytest.approx((10 * right + 20 * (36 - right)) / 36))
+    assert (final.tokens_right, final.tokens_wrong) == (10.0, 20.0)
+    assert final.truncated == pytest.approx(4 / 36)
+    assert lengths(evaluation)["math"]["final"].tokens_wrong is None
 
 
 def test_tasks_out_of_distribution_are_compared_with_the_base_model(evaluation: Evaluation) -> None:

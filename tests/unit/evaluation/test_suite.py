@@ -13,7 +13,8 @@ from megatron_prorl.config.schema import DataConfig, TaskConfig
 from megatron_prorl.data.blend.logic import HELD_OUT, task_names
 from megatron_prorl.data.problems import TrainProblems
 from megatron_prorl.errors import UserError
-from megatron_prorl.evaluation.suite import Suite, built_in, digest, load_suite, make_problems
+from megatron_prorl.evaluation.suite import Suite, about_tasks, built_in, digest, load_suite, make_problems
+from megatron_prorl.types import Problem
 
 SUITE: dict[str, Any] = {
     "description": "toys",
@@ -43,6 +44,21 @@ def test_the_suites_that_come_along_are_the_papers() -> None:
     assert load_suite("reasoning_gym_ood").names() == list(HELD_OUT)
     sizes = [entry.params for entry in load_suite("graph_color").cfg.tasks]
     assert sizes == [{"min_num_vertices": n, "max_num_vertices": n} for n in range(6, 21)]
+
+
+def test_what_the_suites_that_come_along_say_of_their_tasks() -> None:
+    def about(name: str) -> dict[str, dict[str, Any]]:
+        suite = load_suite(name)
+        problem = {"id": "", "domain": "logic", "messages": [], "verification": {}, "source": ""}
+        return about_tasks(suite, [Problem(task=task, **problem) for task in suite.names()])
+
+    sweep = about("graph_color")
+    assert {entry["difficulty"]["vertices"] for entry in sweep.values()} == set(range(6, 21))
+    assert {name for name, entry in sweep.items() if not entry["out_of_distribution"]} == {"graph_color_10"}
+    assert {entry["family"] for entry in sweep.values()} == {"graph_color"}
+    assert all(entry["out_of_distribution"] for entry in about("reasoning_gym_ood").values())
+    plain = {"domain": "logic", "out_of_distribution": False, "family": "gcd", "difficulty": {}}
+    assert about("reasoning_gym")["gcd"] == plain
 
 
 def test_a_graph_has_as_many_vertices_as_its_task_says(tmp_path: Path) -> None:

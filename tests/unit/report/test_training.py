@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from run_folder import make_run, write_rows
 
+from megatron_prorl.cli import main
 from megatron_prorl.errors import UserError
 from megatron_prorl.report.report import report
 from megatron_prorl.tracking.status import StatusWriter, read_status
@@ -155,3 +156,14 @@ def test_what_is_wrong_is_one_line(run: Path, tmp_path: Path) -> None:
     assert line(run).startswith(f"{run}/metrics.jsonl line 2: not JSON")
     (run / "metrics.jsonl").write_text("")
     assert line(run) == f"{run}: no metrics there yet; a report needs a first step"
+
+
+def test_the_command_prints_where_the_page_is_or_one_line(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(run), "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/out/report.html\n"
+    assert main(["report", str(run), str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path}/none: no such folder; give a run directory, or the --out of an evaluation\n"
+    )
