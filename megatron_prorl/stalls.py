@@ -275,7 +275,7 @@ class Watch:
 def name_stall(ranks: Sequence[Rank]) -> str:
     """What a run hangs in, by its ranks when nothing moves: a rank, an engine, the verifiers, a disk or the network."""
     if silent := [rank for rank in ranks if rank.silent]:
-        found = "; ".join(f"{_who(rank.beat)} {rank.silent}, {_in(rank.beat)}" for rank in silent)
+        found = "; ".join(f"{_who(rank.beat)} {rank.silent}, last seen {_in(rank.beat)}" for rank in silent)
         return found + _waiting_for(ranks, silent)
     absent = [rank for rank in ranks if not _is_in_collective(rank)]
     if not absent:

@@ -70,7 +70,7 @@ def preflight(cfg: Config) -> None:
         return finish()
 
     def give_up() -> None:
-        rows.append(_late_row(machines, store, CHECKS[len(rows) - 1][0]))
+        rows.append(_late_row(machines, store, CHECKS[len(rows) - 1][0] if rows else "ranks"))
         try:
             finish()
         except NotReady as error:
@@ -84,13 +84,19 @@ def preflight(cfg: Config) -> None:
     if kind == "cuda":
         torch.cuda.set_device(device)
     # Both, so that what comes together needs no GPU, and what is measured is what the training uses.
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
-        store=dist.PrefixStore("group", store),
-        rank=rank,
-        world_size=num_ranks,
-        timeout=timedelta(seconds=COLLECTIVE_SECONDS),
-    )
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+            store=dist.PrefixStore("group", store),
+            rank=rank,
+            world_size=num_ranks,
+            timeout=timedelta(seconds=COLLECTIVE_SECONDS),
+        )
+    except RuntimeError as error:
+        failures = _failures(store, rank, num_ranks, in_words(error))
+        rows.append(_failed_row(machines, "ranks", _causes(failures) or failures))
+        timer.cancel()
+        return finish()
     rows.append(_ranks_row(machines, time.monotonic() - began))
     for name, check in CHECKS:
         try:
@@ -98,7 +104,9 @@ def preflight(cfg: Config) -> None:
         except Failed as failed:
             rows.append(_failed_row(machines, name, failed.failures))
         except Exception as error:  # of this rank alone, or of another's end: no collective is of use any more
-            rows.append(_broken_row(machines, store, name, in_words(error)))
+            causes = _causes(_failures(store, rank, num_ranks, in_words(error)))
+            late = _late_row(machines, store, name)
+            rows.append(_failed_row(machines, name, causes) if causes else late)
             timer.cancel()
             return finish()
     rows = machines.of_first(lambda: rows)  # a node may have seen another size of the model
@@ -202,17 +210,21 @@ def _failed_row(machines: Machines, name: str, failures: Mapping[int, str]) -> R
     return Row(name, "red", seen, nodes=machines.nodes_of(ranks))
 
 
-def _broken_row(machines: Machines, store: Any, name: str, text: str) -> Row:
-    """Of a check that an error ended: those that have another than that a rank is missed, or else the late ones."""
-    failures = {machines.rank: text}
-    with contextlib.suppress(Exception):
-        store.set(f"failed/{machines.rank}", text)
+def _failures(store: Any, rank: int, num_ranks: int, text: str) -> dict[int, str]:
+    """What went wrong, by rank: here, and where others have told so within a second."""
+    failures = {rank: text}
+    with contextlib.suppress(Exception):  # the rank that serves the store is gone
+        store.set(f"failed/{rank}", text)
         time.sleep(1.0)
-        for other in range(machines.num_ranks):
+        for other in range(num_ranks):
             if store.check([f"failed/{other}"]):
                 failures[other] = store.get(f"failed/{other}").decode()
-    causes = {rank: text for rank, text in failures.items() if not re.search("[Cc]onnection|[Tt]imed out", text)}
-    return _failed_row(machines, name, causes) if causes else _late_row(machines, store, name)
+    return failures
+
+
+def _causes(failures: Mapping[int, str]) -> dict[int, str]:
+    """Those that are not that another rank is missed."""
+    return {rank: text for rank, text in failures.items() if not re.search("connect|timed out|timeout", text.lower())}
 
 
 def _ranks_row(machines: Machines, seconds: float) -> Row:

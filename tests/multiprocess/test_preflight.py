@@ -142,6 +142,13 @@ def test_a_rank_that_does_not_come_is_named_with_its_node(config: Path) -> None:
     assert ended.seconds < 60
 
 
+def test_a_rank_that_cannot_join_the_group_is_told_with_its_error(config: Path) -> None:
+    ended = preflight(config, faults={2: "import os; os.environ['GLOO_SOCKET_IFNAME'] = 'none0'"})
+    assert set(ended.codes) == {2}, ended.err
+    assert ended.row("ranks").startswith("red ranks rank 2: RuntimeError: ") and "none0" in ended.row("ranks")
+    assert f"error: preflight: ranks: not fit for a run; look at {node(1)}\n" in ended.err
+
+
 def test_a_package_of_another_version_is_named(config: Path) -> None:
     fault = """
 import importlib.metadata

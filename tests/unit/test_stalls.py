@@ -45,8 +45,8 @@ def rank(number: int, /, silent: str = "", **changes: object) -> Rank:
 def test_a_rank_that_is_silent_is_named_before_all_that_wait_for_it() -> None:
     ranks = [rank(0, **REDUCE), rank(1, silent="is stopped by a signal"), rank(2, **REDUCE), rank(3, **REDUCE)]
     assert name_stall(ranks) == (
-        "rank 1 (process 4001 on node-0) is stopped by a signal, in update, microbatch 3 of 12; ranks 0, 2, 3 wait for "
-        "it in all_reduce (policy/update.py, _run_schedule)"
+        "rank 1 (process 4001 on node-0) is stopped by a signal, last seen in update, microbatch 3 of 12; ranks 0, 2, 3 "
+        "wait for it in all_reduce (policy/update.py, _run_schedule)"
     )
 
 
