@@ -203,6 +203,9 @@ def _marks(runs: Sequence[Run]) -> list[Mark]:
         colour = run.colour if len(runs) > 1 else GREY
         resets = [row["step"] for row in run.rows if row.get("reset/happened") == 1.0]
         marks += [Mark(x=step, kind="reset", colour=colour) for step in resets]
+        rollbacks = [event["step"] for event in run.events if event["event"] == "rollback"]
+        text = "rollback" if len(runs) == 1 else ""
+        marks += [Mark(x=step, kind="note", colour=colour, text=text) for step in rollbacks]
         for step, stage in stages(run.rows):
             marks.append(Mark(x=step, kind="stage", colour=colour, text=str(stage) if len(runs) == 1 else ""))
     return marks
@@ -319,7 +322,7 @@ def _mismatch(runs: Sequence[Run]) -> Section:
 
 def _time(runs: Sequence[Run]) -> Section:
     figures = _present(_figure(runs, "step_time", "Seconds a step", "time/step"))
-    for run in runs:
+    for number, run in enumerate(runs, 1):
         timed = [row for row in run.rows if math.isfinite(row.get("time/step", math.nan))]
         if not timed:
             continue
@@ -331,7 +334,7 @@ def _time(runs: Sequence[Run]) -> Section:
             if math.fsum(seconds) > 0.002 * math.fsum(row["time/step"] for row in timed):
                 x, y = _binned(steps, seconds)
                 areas.append(Series(label=phase, x=x, y=y, colour=colour, kind="area"))
-        name = f"phases_{_file_name(run.name)}" if len(runs) > 1 else "phases"
+        name = f"phases_{number}" if len(runs) > 1 else "phases"
         title = "Seconds a step, by phase" + (f": {run.name}" if len(runs) > 1 else "")
         figures.append(Figure(name=name, title=title, series=areas))
     return Section(title="Time", figures=figures, tables=[_time_table(runs)])

@@ -108,6 +108,25 @@ def test_events_tell_when_and_why(run: Path) -> None:
     assert rows[2][2].startswith("reset 1: reference := policy, optimizer cleared (reset.every_steps")
 
 
+def test_resets_stages_and_rollbacks_are_marked(run: Path) -> None:
+    rows = [full_row(step) | {"stage": float(step > 29)} for step in range(1, 41)]
+    write_rows(run / "metrics.jsonl", rows)
+    back = {
+        "event": "rollback",
+        "step": 35,
+        "to_step": 30,
+        "draws_skipped": 4,
+        "trigger": "guards.kl",
+        "reason": "high",
+    }
+    with (run / "lineage.jsonl").open("a") as lineage:
+        lineage.write(json.dumps(back | {"time": 1035.0}) + "\n")
+    page = report([str(run)])
+    assert figures(page)["kl"]["marks"] == [20, 35, 1, 30]
+    svg = (page.parent / "figures" / "kl.svg").read_text()
+    assert all(text in svg for text in ("rollback", "reset", "stage begins"))
+
+
 def test_runs_side_by_side_share_their_axes_and_say_in_what_they_differ(run: Path, tmp_path: Path) -> None:
     other = make_run(tmp_path / "other", steps=20, seed=5)
     write_rows(other / "metrics.jsonl", [full_row(step) for step in range(1, 21)])
@@ -115,7 +134,7 @@ def test_runs_side_by_side_share_their_axes_and_say_in_what_they_differ(run: Pat
     assert page == tmp_path / "both" / "report.html"
     found = figures(page)
     assert [series["label"] for series in found["reward"]["series"]] == ["run", "other"]  # type: ignore[union-attr]
-    assert {"clipped_low", "clipped_high", "phases_run", "phases_other"} <= set(found)
+    assert {"clipped_low", "clipped_high", "phases_1", "phases_2"} <= set(found)
     assert table(page, "runs")[0] == ["", "run", "other"]
     assert ["seed", "0", "5"] in table(page, "options")
     assert {row[0] for row in table(page, "events")[1:]} == {"run", "other"}
