@@ -45,8 +45,8 @@ def rank(number: int, /, silent: str = "", **changes: object) -> Rank:
 def test_a_rank_that_is_silent_is_named_before_all_that_wait_for_it() -> None:
     ranks = [rank(0, **REDUCE), rank(1, silent="is stopped by a signal"), rank(2, **REDUCE), rank(3, **REDUCE)]
     assert name_stall(ranks) == (
-        "rank 1 (process 4001 on node-0) is stopped by a signal, last seen in update, microbatch 3 of 12; ranks 0, 2, 3 "
-        "wait for it in all_reduce (policy/update.py, _run_schedule)"
+        "rank 1 (process 4001 on node-0) is stopped by a signal, last seen in update, microbatch 3 of 12; ranks 0, 2, "
+        "3 wait for it in all_reduce (policy/update.py, _run_schedule)"
     )
 
 
@@ -229,6 +229,21 @@ def test_a_process_that_hangs_ends_with_its_stacks_and_a_code_to_begin_again(tmp
     assert sorted(path.name for path in folder.iterdir()) == ["cause.txt", "rank-00000.json", "rank-00000.txt"]
     assert "line 14 in <module>" in (folder / "rank-00000.txt").read_text()
     assert (tmp_path / "hook").read_text() == (folder / "cause.txt").read_text().strip()
+
+
+def test_a_process_whose_interpreter_hangs_ends_with_its_stacks_too(tmp_path: Path) -> None:
+    script = """
+import ctypes, sys, time
+from megatron_prorl import stalls
+stalls.BACKSTOP_SECONDS = 1.0
+with stalls.Watch(sys.argv[1], rank=0, num_ranks=1, attempt="a", limit_seconds=2.0):
+    time.sleep(0.5)
+    ctypes.PyDLL(None).sleep(1000)  # holds the interpreter's lock
+"""
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert "Timeout (0:00:03)!" in ended.stderr and "line 7 in <module>" in ended.stderr
 
 
 RANK = """
