@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -49,7 +50,10 @@ SlurmdLogFile={folder}/slurmd-%n.log
 GresTypes=gpu
 NodeName=DEFAULT CPUs=8 RealMemory=16000 Gres=gpu:8 State=UNKNOWN
 {nodes}
-PartitionName=test Nodes=node[1-4] Default=YES MaxTime=INFINITE State=UP OverTimeLimit=0
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=test Nodes=node[1-4] Default=YES MaxTime=INFINITE State=UP OverTimeLimit=0 PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=node[1-4] MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 """
 
 ACCOUNTING_CONF = """\
@@ -106,6 +110,28 @@ class Cluster:
         """What `scontrol show job` says: JobState, Restarts, ExitCode and others."""
         shown = self.run("scontrol", "show", "job", "--oneliner", number)
         return dict(word.split("=", 1) for word in shown.split() if "=" in word)
+
+    def preempt(self) -> str:
+        """Submit a job that wants all nodes and comes before all others; its id."""
+        options = ["--partition=urgent", f"--nodes={NUM_NODES}", "--exclusive", "--output=/dev/null"]
+        return self.run("sbatch", "--parsable", *options, "--wrap=sleep 3").strip()
+
+
+def venv_with(folder: Path, trainer: str) -> str:
+    """A virtual environment like this one, but in which the trainer is a shell script."""
+    python = folder / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/bash\n[ "$2" = megatron_prorl.cli ] || exec {sys.executable} "$@"\n{trainer}\n')
+    python.chmod(0o755)
+    (python.parent / "python3").symlink_to(python)
+    return str(folder / "venv")
+
+
+def venv_that_leaves(folder: Path) -> str:
+    """One whose trainer leaves when it is told to, and the next time finishes; it makes `folder`/started."""
+    started = folder / "started"
+    trainer = f"[ ! -e {started} ] || exit 0; trap 'exit 75' TERM; touch {started}; while true; do sleep 0.2; done"
+    return venv_with(folder, trainer)
 
 
 @contextmanager

@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from megatron_prorl.config.load import dump_config, load_config
 from megatron_prorl.config.schema import Config
 from megatron_prorl.errors import UserError
@@ -139,9 +141,9 @@ def dry_run(plan: Plan, chain: str = "") -> str:
     """The script that would be submitted, as it would be; the jobs of a chain differ by their names alone."""
     with tempfile.TemporaryDirectory() as base, _experiment(plan, chain, base) as experiment:
         experiment.dryrun(log=False, delete_exp_dir=False)
-        name = {"slurm": f"{TASK}_sbatch.sh", "local": f"{TASK}/scripts/{TASK}.sh"}.get(plan.executor)
-        if name is None:
-            return str(experiment.jobs[0]._dryrun_info)
+        if plan.executor == "skypilot":
+            return yaml.safe_dump(experiment.jobs[0]._dryrun_info.request.task.to_yaml_config(), sort_keys=False)
+        name = f"{TASK}_sbatch.sh" if plan.executor == "slurm" else f"{TASK}/scripts/{TASK}.sh"
         return Path(experiment._exp_dir, name).read_text(encoding="utf-8")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from slurm_cluster import Cluster, cluster, missing
+from slurm_cluster import Cluster, cluster, missing, venv_that_leaves, venv_with
 from toy_run import folders, ledger, steps, toy_config
 
 pytestmark = [
@@ -157,14 +157,9 @@ def test_every_rank_has_a_log_and_they_are_one_run_of_tensor_and_data_parallel_r
 def test_a_job_that_fails_three_times_at_the_same_step_stops_with_a_report(
     slurm: Cluster, toy_model: Path, tmp_path: Path
 ) -> None:
-    """The interpreter of its environment ends every trainer with code 1 at once."""
-    python = tmp_path / "venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text(f'#!/bin/sh\n[ "$2" = megatron_prorl.cli ] && exit 1\nexec {sys.executable} "$@"\n')
-    python.chmod(0o755)
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(toy_config(toy_model, tmp_path / "run")))
-    job = Job.submit(slurm, tmp_path, "prorl_1node.sh", str(path), PRORL_VENV=str(tmp_path / "venv"))
+    job = Job.submit(slurm, tmp_path, "prorl_1node.sh", str(path), PRORL_VENV=venv_with(tmp_path, "exit 1"))
     deadline = time.monotonic() + WAIT_SECONDS
     while job.state() != "FAILED":
         assert time.monotonic() < deadline, job.out.read_text()
@@ -177,3 +172,16 @@ def test_a_job_that_fails_three_times_at_the_same_step_stops_with_a_report(
         (2, 3),
     ]
     assert "3 attempts in a row saved nothing after step 0, so no other is made:" in job.out.read_text()
+
+
+def test_a_job_that_is_preempted_leaves_and_begins_again_when_there_is_room(
+    slurm: Cluster, toy_model: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(toy_config(toy_model, tmp_path / "run")))
+    job = Job.submit(slurm, tmp_path, "prorl_1node.sh", str(path), PRORL_VENV=venv_that_leaves(tmp_path))
+    job.wait_for((tmp_path / "started").exists, "the trainer")
+    urgent = slurm.preempt()
+    job.wait_for(lambda: job.state() == "COMPLETED", "the job's end")
+    assert [(attempt["restart"], attempt["code"]) for attempt in attempts(tmp_path / "run")] == [(0, 75), (1, 0)]
+    assert slurm.job(urgent)["JobState"] == "COMPLETED"

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
-from slurm_cluster import Cluster, cluster, missing
+from slurm_cluster import Cluster, cluster, missing, venv_that_leaves, venv_with
 from ssh_server import missing as ssh_missing
 from ssh_server import ssh_server
 from toy_run import ledger, steps, toy_config
@@ -170,19 +170,10 @@ def test_status_and_logs_are_those_of_the_chain(ended: Ended) -> None:
     assert "has ended this chain with exit code 0" in ended.launch.prorl("--logs")
 
 
-def failing(folder: Path) -> str:
-    """A virtual environment whose trainers end with code 1 at once."""
-    python = folder / "venv" / "bin" / "python3"
-    python.parent.mkdir(parents=True)
-    python.write_text(f'#!/bin/sh\n[ "$2" = megatron_prorl.cli ] && exit 1\nexec {sys.executable} "$@"\n')
-    python.chmod(0o755)
-    return str(folder / "venv")
-
-
 def test_a_chain_that_fails_three_times_at_the_same_step_stops_with_a_report(
     slurm: Cluster, toy_model: Path, tmp_path: Path
 ) -> None:
-    launch = Launch.of(slurm, tmp_path, toy_config(toy_model, tmp_path / "run"), failing(tmp_path))
+    launch = Launch.of(slurm, tmp_path, toy_config(toy_model, tmp_path / "run"), venv_with(tmp_path, "exit 1"))
     ended = launch.wait_for_end(launch.submit("--jobs", "5"))
     assert [job["ExitCode"] for job in ended] == ["75:0", "75:0", "1:0", "1:0", "1:0"]
     assert [attempt["in_vain"] for attempt in launch.attempts()] == [1, 2, 3]
@@ -192,10 +183,23 @@ def test_a_chain_that_fails_three_times_at_the_same_step_stops_with_a_report(
 
 
 def test_a_single_job_begins_again_by_itself(slurm: Cluster, toy_model: Path, tmp_path: Path) -> None:
-    launch = Launch.of(slurm, tmp_path, toy_config(toy_model, tmp_path / "run"), failing(tmp_path))
-    (job,) = launch.wait_for_end(launch.submit())
-    assert (job["Restarts"], job["ExitCode"]) == ("2", "1:0")
-    assert [attempt["restart"] for attempt in launch.attempts()] == [0, 1, 2]
+    """After a trainer that fails, and with one that finishes the next time."""
+    failed = tmp_path / "failed"
+    venv = venv_with(tmp_path, f"[ -e {failed} ] && exit 0; touch {failed}; exit 1")
+    launch = Launch.of(slurm, tmp_path, toy_config(toy_model, tmp_path / "run"), venv)
+    (job,) = launch.submit()
+    launch.wait_for(lambda: slurm.job(job)["JobState"] == "COMPLETED", "the job's end")
+    assert slurm.job(job)["Restarts"] == "1"
+    assert [(attempt["restart"], attempt["code"]) for attempt in launch.attempts()] == [(0, 1), (1, 0)]
+
+
+def test_a_job_that_is_preempted_leaves_and_the_run_goes_on(slurm: Cluster, toy_model: Path, tmp_path: Path) -> None:
+    launch = Launch.of(slurm, tmp_path, toy_config(toy_model, tmp_path / "run"), venv_that_leaves(tmp_path))
+    jobs = launch.submit("--jobs", "2")
+    launch.wait_for((tmp_path / "started").exists, "the trainer")
+    slurm.preempt()
+    launch.wait_for_end(jobs)
+    assert [attempt["code"] for attempt in launch.attempts()] == [75, 0]
 
 
 @pytest.mark.skipif(bool(ssh_missing()), reason=ssh_missing())
@@ -208,7 +212,7 @@ def test_over_ssh_scripts_go_there_and_status_and_logs_come_back(
         monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
         tunnel = server | {"kind": "ssh", "job_dir": str(there)}
         config = toy_config(toy_model, tmp_path / "run")
-        launch = Launch.of(slurm, tmp_path, config, failing(tmp_path), tunnel=tunnel)
+        launch = Launch.of(slurm, tmp_path, config, venv_with(tmp_path, "exit 1"), tunnel=tunnel)
         no_slurm = Launch(Cluster(tmp_path), tmp_path)
         jobs = no_slurm.submit("--jobs", "4")
         ended = launch.wait_for_end(jobs)
