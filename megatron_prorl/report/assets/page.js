@@ -28,6 +28,7 @@
       this.svg = figure.querySelector("svg");
       Object.assign(this, JSON.parse(figure.querySelector("script").textContent));
       this.whole = this.x;
+      this.before = new Map();  // attributes as they were drawn, by node
       this.byPoint = this.categories.length > 0 || this.series.some(s => s.kind === "points");
       this.canZoom = !this.byPoint && !this.log2 && this.series.every(s => !["area", "steps"].includes(s.kind));
       const [left, top, right, bottom] = this.box;
@@ -157,11 +158,9 @@
     draw(range) {
       this.hide();
       this.x = range || this.whole;
-      if (!this.before) this.before = new Map();
       const write = (node, name, value) => {
-        const key = node;
-        if (!this.before.has(key)) this.before.set(key, {});
-        const old = this.before.get(key);
+        if (!this.before.has(node)) this.before.set(node, {});
+        const old = this.before.get(node);
         if (!(name in old)) old[name] = node.getAttribute(name);
         if (value === null) { if (old[name] === null) node.removeAttribute(name); else node.setAttribute(name, old[name]); }
         else node.setAttribute(name, value);
