@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,24 @@ from torch import Tensor
 from megatron_prorl.errors import UserError
 
 CHUNK_BYTES = 2**20  # at a time, which stays in a core's cache: of 100 MB at once the kernel takes a third of the rate
+
+
+class Files:
+    """Files as they are now, of which somebody may write others while they are read."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._seen = {path: _identity(path) for path in paths}
+
+    def check_unchanged(self) -> None:
+        """Raise UserError that names the first that is another one by now."""
+        for path, seen in self._seen.items():
+            if not path.exists() or _identity(path) != seen:
+                raise UserError(f"{path}: changed while it was read; begin again once it is as it should be")
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +118,12 @@ class FiniteCheck:
     def __init__(self, warn: Callable[..., Any]) -> None:
         self._warn = warn
         self._named: set[str] = set()
+        self._lock = Lock()
 
     def check(self, name: str, values: Tensor) -> None:
-        if name not in self._named and not is_finite(values):
-            self._named.add(name)
-            self._warn("%s holds values that are not finite", name)
+        if name in self._named or is_finite(values):
+            return
+        with self._lock:
+            if name not in self._named:
+                self._named.add(name)
+                self._warn("%s holds values that are not finite", name)

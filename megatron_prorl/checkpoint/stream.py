@@ -9,7 +9,7 @@ import io
 import itertools
 import pickle
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -30,8 +30,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_prorl.checkpoint import folders
 from megatron_prorl.checkpoint.pieces import Index
-from megatron_prorl.checkpoint.spans import Span
+from megatron_prorl.checkpoint.spans import Files, Span
 from megatron_prorl.errors import UserError
 
 
@@ -106,8 +107,10 @@ class CheckpointReader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._stacks: dict[str, tuple[int, dict[Index, list[ChunkStorageMetadata]]]] = {}
+        self._starts: dict[MetadataIndex, int | None] = {}
         self._reader = _Reader(folder)
         self._metadata = self._reader.read_metadata()
+        self._check_metadata()
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         ends: dict[str, int] = defaultdict(int)  # bytes that each file must have
         for info in self._metadata.storage_data.values():
@@ -118,6 +121,36 @@ class CheckpointReader:
         for name, end in ends.items():
             if (folder / name).stat().st_size < end:
                 raise UserError(f"{folder / name}: cut off; copy the checkpoint again")
+        self.files = Files(folder / name for name in ends)
+
+    def _check_metadata(self) -> None:
+        """Raise UserError unless it says of every chunk of every tensor, which is inside it, where it lies."""
+        metadata = self._metadata
+        try:
+            for key, entry in metadata.state_dict_metadata.items():
+                if isinstance(entry, BytesStorageMetadata):
+                    continue
+                assert isinstance(key, str) and isinstance(entry.properties.dtype, torch.dtype)
+                for chunk in entry.chunks:
+                    edges = zip(chunk.offsets, chunk.sizes, entry.size, strict=True)
+                    assert all(0 <= start <= start + length <= size for start, length, size in edges)
+                    assert MetadataIndex(key, chunk.offsets) in metadata.storage_data
+            for info in metadata.storage_data.values():
+                assert isinstance(info.relative_path, str) and 0 <= info.offset <= info.offset + info.length
+                assert not Path(info.relative_path).is_absolute() and ".." not in Path(info.relative_path).parts
+        except (AssertionError, AttributeError, TypeError, ValueError):
+            raise UserError(f"{self.folder}: its .metadata is damaged; copy the checkpoint again") from None
+
+    def check_committed(self, keys: Collection[str]) -> None:
+        """Raise UserError if a file with tensors `keys` is not what was committed, where a list of that is there."""
+        if not (self.folder / folders.COMMITTED).is_file():
+            return
+        places = self._metadata.storage_data.items()
+        names = {info.relative_path for index, info in places if index.fqn in keys} | {".metadata"}
+        if wrong := folders.verify_digests(self.folder, names):
+            raise UserError(
+                f"{self.folder}: {', '.join(wrong)} changed since the checkpoint was written; take another checkpoint"
+            )
 
     @cached_property
     def tensors(self) -> dict[str, TensorStorageMetadata]:
@@ -137,6 +170,8 @@ class CheckpointReader:
         if any(start + length > size for start, length, size in zip(offset, shape, entry.size, strict=True)):
             raise UserError(f"{self.folder}: {key} has shape {list(entry.size)}, too small for this model")
         items = create_read_items_for_chunk_list(key, self._near(key, box), [box])
+        if any(_overlap(one, other) for one, other in itertools.combinations(items, 2)):
+            raise UserError(f"{self.folder}: parts of {key} are stored twice; take another checkpoint")
         if sum(item.lengths.numel() for item in items) != box.sizes.numel():
             raise UserError(f"{self.folder}: parts of {key} are in none of its files; copy the checkpoint again")
         with self._damage_told(key):
@@ -145,20 +180,26 @@ class CheckpointReader:
     def spans(self, key: str, lead: Index, start: int, rows: int) -> list[Span] | None:
         """Where the values lie on disk of tensor `key` at `lead` on its first axes, rows `start` on of the next one.
 
-        One after the other as in memory. None if the checkpoint has them otherwise: split in columns, or compressed.
+        One after the other as in memory. None if the checkpoint has them otherwise: split in columns, in another dtype
+        than it says, compressed; `read` says what is wrong with it if anything is.
         """
         entry, axis = self.tensors[key], len(lead)
         shape = (*(1,) * axis, rows, *entry.size[axis + 1 :])
         offset = (*lead, start, *(0,) * (len(shape) - axis - 1))
         near = self._near(key, ChunkStorageMetadata(offsets=torch.Size(offset), sizes=torch.Size(shape))).chunks
         row_bytes = torch.Size(shape[axis + 1 :]).numel() * entry.properties.dtype.itemsize
-        found, end = [], start
+        found: list[Span] = []
+        end = start
         for chunk in sorted(near, key=lambda chunk: chunk.offsets[axis]):
             first, last = chunk.offsets[axis], chunk.offsets[axis] + chunk.sizes[axis]
-            if last <= end or end >= start + rows:
+            if last <= start or first >= start + rows:
                 continue
-            place = self._values(key, chunk)
-            if place is None or first > end or chunk.sizes != (*shape[:axis], chunk.sizes[axis], *shape[axis + 1 :]):
+            has_whole_rows = (*chunk.offsets[:axis], *chunk.offsets[axis + 1 :]) == (*lead, *offset[axis + 1 :]) and (
+                chunk.sizes == (*shape[:axis], chunk.sizes[axis], *shape[axis + 1 :])
+            )
+            follows = first == end if found else first <= start
+            place = self._values(key, chunk) if has_whole_rows and follows else None
+            if place is None:
                 return None
             path, at = place
             last = min(last, start + rows)
@@ -168,22 +209,25 @@ class CheckpointReader:
 
     def _values(self, key: str, chunk: ChunkStorageMetadata) -> tuple[Path, int] | None:
         """The file that has a chunk's values, and where in it they begin; None unless all of them lie there as such."""
-        info = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+        index = MetadataIndex(key, chunk.offsets)
+        info = self._metadata.storage_data[index]
         if info.transform_descriptors:
             return None
         path = self.folder / info.relative_path
-        with path.open("rb") as file, self._damage_told(key):
-            found = torch.load(self._reader._slice_file(file, info), map_location="meta", weights_only=True)
-        if found.shape != chunk.sizes or not found.is_contiguous():
-            return None
-        start = found.untyped_storage()._checkpoint_offset + found.storage_offset() * found.dtype.itemsize
-        return path, info.offset + start
+        if index not in self._starts:
+            with path.open("rb") as file, self._damage_told(key):
+                found = torch.load(self._reader._slice_file(file, info), map_location="meta", weights_only=True)
+            self._starts[index] = _start(found, chunk, self.tensors[key].properties.dtype)
+        start = self._starts[index]
+        return None if start is None else (path, info.offset + start)
 
     @contextmanager
     def _damage_told(self, key: str) -> Iterator[None]:
         try:
             yield
-        except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        except (UserError, OSError):
+            raise
+        except Exception as error:  # whatever a damaged pickle or archive raises
             reason = str(error).partition("\n")[0]
             raise UserError(f"{self.folder}: {key} cannot be read ({reason}); copy the checkpoint again") from None
 
@@ -204,6 +248,20 @@ class CheckpointReader:
         ranges = (range(start, start + length) for start, length in zip(box.offsets, box.sizes, strict=True))
         places = itertools.product(*itertools.islice(ranges, lead))
         return replace(entry, chunks=[chunk for place in places for chunk in stacks.get(place, ())])
+
+
+def _start(found: Any, chunk: ChunkStorageMetadata, dtype: torch.dtype) -> int | None:
+    """Where in its record the values begin of a tensor that was loaded without them; None if they are out of order."""
+    as_said = isinstance(found, Tensor) and (found.shape, found.dtype) == (chunk.sizes, dtype)
+    if not as_said or not found.is_contiguous():
+        return None
+    begins = getattr(found.untyped_storage(), "_checkpoint_offset", None)  # torch's: none in its oldest format
+    return None if begins is None else begins + found.storage_offset() * dtype.itemsize
+
+
+def _overlap(one: ReadItem, other: ReadItem) -> bool:
+    dims = zip(one.dest_offsets, one.lengths, other.dest_offsets, other.lengths, strict=True)
+    return all(a < b + b_length and b < a + a_length for a, a_length, b, b_length in dims)
 
 
 class _IntoTensor(LoadPlanner):

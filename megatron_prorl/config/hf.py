@@ -92,6 +92,10 @@ def read_hf_config(path: str | Path) -> dict[str, Any]:
     missing = [key for key in required if hf.get(key) is None]
     if missing:
         raise UserError(f"{file}: {', '.join(missing)} missing; is the file complete?")
+    for key in (*_REQUIRED_KEYS, *_MOE_KEYS, "head_dim", "decoder_sparse_step"):
+        value, least = hf.get(key), 0 if key == "num_experts" else 1
+        if key != "rms_norm_eps" and value is not None and (type(value) is not int or value < least):
+            raise UserError(f"{file}: {key} is {value!r}; expected a whole number of at least {least}")
     hf["head_dim"] = head_dim(hf)
 
     # Both may be there: transformers 5 saves rope_parameters, and model cards tell to add rope_scaling, which wins.
@@ -116,7 +120,7 @@ def read_hf_config(path: str | Path) -> dict[str, Any]:
 
 
 def _has_sliding_window(hf: dict[str, Any]) -> bool:
-    if "layer_types" in hf:
+    if hf.get("layer_types"):
         return any(kind != "full_attention" for kind in hf["layer_types"])
     return bool(
         hf.get("use_sliding_window")

@@ -8,13 +8,12 @@ which rows of which Hugging Face tensors it is made.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,16 @@ from megatron_prorl.checkpoint.pieces import Piece, write_pieces
 from megatron_prorl.checkpoint.spans import FiniteCheck, Span, copy_spans, tensor_chunks
 from megatron_prorl.config.hf import hf_folder, is_megatron_checkpoint, read_hf_config
 from megatron_prorl.errors import UserError
-from megatron_prorl.weights.hf import HfTensors, TensorSpec, check_tensors, copy_small_files, write_tensors
+from megatron_prorl.weights.hf import (
+    DTYPES,
+    HfTensors,
+    TensorSpec,
+    check_tensors,
+    copy_small_files,
+    listing,
+    write_tensors,
+)
+from megatron_prorl.weights.output import appearing, checked_output
 from megatron_prorl.weights.rows import Run, cut, full_runs, shard_runs
 from megatron_prorl.weights.stored import Parameter, Part, extra_states, numbered, stored_parameters
 from megatron_prorl.weights.tables import HEAD, ModelSizes, Row, hf_shapes
@@ -40,7 +48,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 256 * 2**20  # of one piece on disk: what a reader loads at once beside the tensor that it belongs to
-_NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer\.|rng")  # what else is in a training checkpoint
+_NOT_WEIGHTS = re.compile(r"(chained_\d+\.)?optimizer\.")  # what else has tensors in a training checkpoint
 _FORMAT = {  # what Megatron's loader looks for in metadata.json
     "sharded_backend": "torch_dist", "sharded_backend_version": 1,
     "common_backend": "torch", "common_backend_version": 1,
@@ -63,7 +71,7 @@ def hf_to_megatron(
     for an `out_dir` that holds something (unless `overwrite`), and for a disk that refuses. Weights that are not finite
     are converted too, with a warning that names them.
     """
-    hf_dir, out = Path(hf_dir), _checked_output(out_dir, hf_dir, overwrite)
+    hf_dir, out = Path(hf_dir), checked_output(out_dir, hf_dir, overwrite)
     hf = read_hf_config(hf_dir)
     tensors = HfTensors(hf_dir)
     check_tensors(tensors, hf)
@@ -75,13 +83,16 @@ def hf_to_megatron(
     total = sum(piece.num_bytes for piece in pieces)
     count = _Count(total, on_progress)
     digests: dict[str, int] = {}
-    with _appearing(out, total, overwrite, partial(folders.commit, digests=digests)) as temporary:
+    with appearing(out, total, overwrite, partial(folders.commit, digests=digests)) as temporary:
         (temporary / "hf").mkdir()
         copy_small_files(hf_dir, temporary / "hf", dtype)
-        torch.save({}, temporary / "common.pt")
+        common = io.BytesIO()
+        torch.save({}, common)  # to a file it would tell of a full disk in its own words
+        (temporary / "common.pt").write_bytes(common.getbuffer())
         (temporary / "metadata.json").write_text(json.dumps(_FORMAT))
         counted = [replace(piece, chunks=partial(count.chunks, piece.chunks)) for piece in pieces]
         digests |= write_pieces(temporary, counted, list(extra_states(hf)))
+        tensors.check_unchanged()
 
 
 def megatron_to_hf(
@@ -98,20 +109,22 @@ def megatron_to_hf(
     left out), or one of another Megatron's with the same keys and the model's files in `folder`/hf. Raises
     UserError as `hf_to_megatron` does, and for tensors that are missing or left over.
     """
-    folder, out = Path(folder), _checked_output(out_dir, folder, overwrite)
+    folder, out = Path(folder), checked_output(out_dir, folder, overwrite)
     source = hf_files(folder)
     stored = MegatronTensors(folder, read_hf_config(source), dtype)
     total = sum(spec.num_bytes for spec in stored.specs)
     count, finite = _Count(total, on_progress), FiniteCheck(logger.warning)
-    with _appearing(out, total, overwrite) as temporary:
+    with appearing(out, total, overwrite) as temporary:
         copy_small_files(source, temporary, stored.dtype)
-        write_tensors(temporary, stored.specs, lambda spec: count.chunks(partial(stored.chunks, spec, finite)))
+        write_tensors(temporary, stored.specs, lambda spec: count.chunks(partial(stored.chunks, spec, finite.check)))
+        stored.check_unchanged()
 
 
 class MegatronTensors:
     """The Hugging Face tensors of the model `hf` (as `read_hf_config` gives it) in the Megatron checkpoint `folder`.
 
-    In `dtype`, or as they are stored. Raises UserError unless the checkpoint holds exactly this model.
+    In `dtype`, or as they are stored. Raises UserError unless the checkpoint holds exactly this model, and for files
+    that are not what was committed, where that is known.
     """
 
     def __init__(self, folder: Path, hf: dict[str, Any], dtype: torch.dtype | None = None) -> None:
@@ -125,13 +138,17 @@ class MegatronTensors:
         used = {part.key for parameter in self._stored for part in parameter.parts}
         left_over = sorted(key for key in tensors.keys() - used if not _NOT_WEIGHTS.match(key))
         if left_over:
-            raise UserError(f"{folder}: {', '.join(left_over[:4])} left over; is hf/config.json of this model?")
+            raise UserError(f"{folder}: {listing(left_over)} left over; is hf/config.json of this model?")
+        self._reader.check_committed(used)
         shapes = hf_shapes(hf)
         self._of_name = {name: parameter for parameter in self._stored for name in parameter.row.hf}
         self.specs = [
             TensorSpec(name, shapes[name], dtype or self._dtype_of(parameter))
             for name, parameter in self._of_name.items()
         ]
+        if odd := [spec.name for spec in self.specs if spec.dtype not in DTYPES.values()]:
+            kinds = {str(self._dtype_of(self._of_name[name])).removeprefix("torch.") for name in odd}
+            raise UserError(f"{folder}: {listing(odd)} of type {', '.join(sorted(kinds))}; give --dtype")
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -140,24 +157,32 @@ class MegatronTensors:
         return dtypes.pop() if len(dtypes) == 1 else None
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and values in the order of `specs`, one parameter in memory at a time."""
-        specs = iter(self.specs)
-        for parameter in self._stored:
-            names = [next(specs) for _ in parameter.row.hf]
-            full = self._full(parameter, names[0].dtype)
-            yield from ((spec.name, tensor) for spec, tensor in zip(names, full, strict=True))
+        """Name and values in the order of `specs`, one tensor in memory at a time."""
+        for spec in self.specs:
+            values = torch.empty(spec.shape, dtype=spec.dtype)
+            content, end = values.view(-1).view(torch.uint8).numpy().data, 0
+            for chunk in self.chunks(spec):
+                content[end : end + len(chunk)] = chunk
+                end += len(chunk)
+            yield spec.name, values
 
-    def chunks(self, spec: TensorSpec, finite: FiniteCheck) -> Iterator[memoryview]:
-        """The bytes of the tensor `spec`, copied as they lie on disk where they lie in order; `finite` sees them."""
+    def chunks(
+        self, spec: TensorSpec, check: Callable[[str, Tensor], None] = lambda name, values: None
+    ) -> Iterator[memoryview]:
+        """The bytes of the tensor `spec`, copied as they lie on disk where they lie in order; `check` sees them."""
         parameter = self._of_name[spec.name]
-        check, number = partial(finite.check, spec.name), list(parameter.row.hf).index(spec.name)
+        number = list(parameter.row.hf).index(spec.name)
         spans = self._spans(parameter, number)
         if spans is not None:
-            yield from copy_spans(spans, self._dtype_of(parameter), spec.dtype, check)
+            yield from copy_spans(spans, self._dtype_of(parameter), spec.dtype, partial(check, spec.name))
             return
         values = self._full(parameter, spec.dtype)[number]
-        check(values)
+        check(spec.name, values)
         yield from tensor_chunks(values)
+
+    def check_unchanged(self) -> None:
+        """Raise UserError if a file is another one by now."""
+        self._reader.files.check_unchanged()
 
     def _dtype_of(self, parameter: Parameter) -> torch.dtype:
         return self._reader.tensors[parameter.parts[0].key].properties.dtype
@@ -206,7 +231,7 @@ def hf_files(folder: Path) -> Path:
 
 def _found(reader: CheckpointReader, parameter: Parameter) -> tuple[Part, ...]:
     """Where the checkpoint has the parameter's parts: in tensors stacked over layers, or in one for each layer."""
-    found = []
+    found: list[Part] = []
     for part in parameter.parts:
         place = numbered(part) if part.key not in reader.tensors and "decoder.layers." in part.key else part
         if place.key not in reader.tensors:
@@ -314,49 +339,3 @@ def _check_uniform(hf_dir: Path, pieces: Sequence[Piece]) -> None:
     for piece in pieces:
         if dtypes.setdefault(piece.key, piece.dtype) != piece.dtype:
             raise UserError(f"{hf_dir}: layers differ in the dtype of {piece.key}; give --dtype")
-
-
-def _checked_output(out_dir: str | Path, source_dir: str | Path, overwrite: bool) -> Path:
-    """The folder to write, absolute. Raises UserError for one that holds something that is not to be replaced."""
-    out = Path(os.path.abspath(out_dir))
-    source = Path(source_dir).resolve()
-    if out.resolve() in (source, *source.parents):
-        raise UserError(f"{out_dir}: holds what is to be converted; give another folder")
-    _check_replaceable(out, overwrite)
-    return out
-
-
-def _check_replaceable(out: Path, overwrite: bool) -> None:
-    if not out.exists() and not out.is_symlink():
-        return
-    if out.is_symlink() or not out.is_dir() or out.is_mount():
-        raise UserError(f"{out}: is no folder of its own, but a file, a link or a mount; give another")
-    if not any(out.iterdir()):
-        return
-    if not overwrite:
-        raise UserError(f"{out}: is not empty; give another folder, or --overwrite")
-    if not any((out / name).is_file() for name in ("config.json", ".metadata")):
-        raise UserError(f"{out}: holds neither a model nor a checkpoint, so it is not overwritten; give another folder")
-
-
-@contextmanager
-def _appearing(
-    out: Path, num_bytes: int, overwrite: bool, end: Callable[[Path], None] = folders.publish
-) -> Iterator[Path]:
-    """A temporary folder that becomes `out` when the block ends well, by `end`, and is removed when it does not."""
-    try:
-        temporary = folders.begin(out, num_bytes)
-        try:
-            yield temporary
-            _check_replaceable(out, overwrite)  # once more, after what may have been hours
-            end(out)
-        finally:
-            folders.discard(out)
-    except OSError as error:
-        file = Path(error.filename) if isinstance(error.filename, str | os.PathLike) else out
-        reason = (error.strerror or str(error)).lower()
-        if out.parent not in (file, *file.parents):
-            raise UserError(f"cannot read {file}: {reason}") from None
-        raise UserError(
-            f"cannot write {out}: {reason}; {folders.free_bytes(out):,} bytes are free there, {num_bytes:,} are needed"
-        ) from None

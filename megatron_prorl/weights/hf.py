@@ -17,14 +17,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_prorl.checkpoint.spans import Span
+from megatron_prorl.checkpoint.spans import Files, Span
 from megatron_prorl.checkpoint.threads import Stopped, equal_parts, in_threads
 from megatron_prorl.errors import UserError
 from megatron_prorl.weights.tables import EMBEDDING, HEAD, hf_shapes
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # safetensors' names
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # safetensors' names
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 NUM_WRITERS = 2  # at a time: one thread computes while the other waits for the disk
 COMPARED_BYTES = 16 * 2**20  # about, of embedding and head at once
 SHARD_BYTES = 5 * 10**9  # of one file, as transformers writes them
@@ -45,37 +45,39 @@ class HfTensors:
         self._start_of: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        for path, names in _files(self.folder).items():
+        files = _files(self.folder)
+        self._files = Files(files)
+        for path, names in files.items():
             try:
                 file = safe_open(path, framework="pt")
+                starts = _starts(path)
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{path}: not a complete safetensors file ({error}); copy it again") from None
             found = list(file.keys())
             absent = sorted(set(names or ()) - set(found))
             if absent:
-                raise UserError(f"{path}: {_listing(absent)} missing, though {INDEX} lists it; copy both again")
+                raise UserError(f"{path}: {listing(absent)} missing, though {INDEX} lists it; copy both again")
             if names is not None and (stray := sorted(set(found) - set(names))):
-                raise UserError(f"{path}: {_listing(stray)} in no line of {INDEX} for this file; copy both again")
-            starts = _starts(path)
+                raise UserError(f"{path}: {listing(stray)} in no line of {INDEX} for this file; copy both again")
             for name in found:
                 tensor = file.get_slice(name)
-                if tensor.get_dtype() not in _DTYPES:
+                if tensor.get_dtype() not in DTYPES:
                     raise UserError(
-                        f"{path}: {name} is of type {tensor.get_dtype()}; only {', '.join(_DTYPES)} are supported"
+                        f"{path}: {name} is of type {tensor.get_dtype()}; only {', '.join(DTYPES)} are supported"
                     )
                 self._path_of[name] = path
                 self._start_of[name] = starts[name]
                 self.shapes[name] = tuple(tensor.get_shape())
-                self.dtypes[name] = _DTYPES[tensor.get_dtype()]
+                self.dtypes[name] = DTYPES[tensor.get_dtype()]
 
     def check(self, expected: Mapping[str, tuple[int, ...]], *, ignored: Iterable[str] = ()) -> None:
         """Raise UserError unless the folder has the `expected` tensors in these shapes and no others but `ignored`."""
         missing = [name for name in expected if name not in self.shapes]
         if missing:
-            raise UserError(f"{self.folder}: {_listing(missing)} missing; is config.json of this model?")
+            raise UserError(f"{self.folder}: {listing(missing)} missing; is config.json of this model?")
         left_over = sorted(self.shapes.keys() - expected.keys() - set(ignored))
         if left_over:
-            raise UserError(f"{self.folder}: {_listing(left_over)} left over; is config.json of this model?")
+            raise UserError(f"{self.folder}: {listing(left_over)} left over; is config.json of this model?")
         for name, shape in expected.items():
             if self.shapes[name] != shape:
                 raise UserError(
@@ -87,6 +89,10 @@ class HfTensors:
         """Where rows `start` to `end` of the tensor lie on disk."""
         row_bytes = math.prod(self.shapes[name][1:]) * self.dtypes[name].itemsize
         return Span(self._path_of[name], self._start_of[name] + start * row_bytes, (end - start) * row_bytes)
+
+    def check_unchanged(self) -> None:
+        """Raise UserError if a file is another one by now."""
+        self._files.check_unchanged()
 
     def __contains__(self, name: str) -> bool:
         return name in self.shapes
@@ -129,6 +135,8 @@ def _files(folder: Path) -> dict[Path, list[str] | None]:
         weight_map = json.loads(index.read_bytes())["weight_map"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{index}: not a complete safetensors index; copy it again") from None
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise UserError(f"{index}: not a complete safetensors index; copy it again")
     files: dict[Path, list[str] | None] = {}
     for file in sorted(set(weight_map.values())):
         if not (folder / file).is_file():
@@ -137,7 +145,8 @@ def _files(folder: Path) -> dict[Path, list[str] | None]:
     return files
 
 
-def _listing(names: list[str]) -> str:
+def listing(names: Sequence[str]) -> str:
+    """The first few of some names, as the subject of a sentence with its verb."""
     shown = ", ".join(names[:_NAMES_SHOWN])
     rest = len(names) - _NAMES_SHOWN
     verb = "is" if len(names) == 1 else "are"
@@ -169,15 +178,18 @@ class TensorSpec:
 def copy_small_files(source: Path, target: Path, dtype: torch.dtype | None) -> None:
     """Config, tokenizer, chat template and the like; config.json then says `dtype`, unless that is None."""
     for path in source.iterdir():
-        if path.suffix in _SMALL_SUFFIXES and path.is_file() and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, target / path.name)
+        if path.suffix not in _SMALL_SUFFIXES or path.is_dir() or path.name.endswith(".index.json"):
+            continue
+        if not path.exists():
+            raise UserError(f"{path}: is a link to nothing; put the file there, or remove the link")
+        shutil.copyfile(path, target / path.name)
     if (source / _MORE_TEMPLATES).is_dir():
         shutil.copytree(source / _MORE_TEMPLATES, target / _MORE_TEMPLATES)
     if dtype is None:
         return
     config = json.loads((source / "config.json").read_bytes())
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"  # its name before transformers 5, and since
-    config[key] = str(dtype).removeprefix("torch.")
+    names = {"torch_dtype", "dtype"} & config.keys() or {"dtype"}  # before transformers 5, and since
+    config |= dict.fromkeys(names, str(dtype).removeprefix("torch."))
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -258,6 +270,11 @@ def _write_places(
             os.close(descriptor)
 
 
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """NaN equals NaN of the same bits, and 0 is not -0."""
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+
+
 def check_tensors(tensors: HfTensors, hf: dict[str, Any], *, rank: int = 0, num_ranks: int = 1) -> None:
     """Raise UserError unless the folder holds exactly the tensors of the model that `hf` describes.
 
@@ -274,7 +291,7 @@ def check_tensors(tensors: HfTensors, hf: dict[str, Any], *, rank: int = 0, num_
     same = tensors.shapes[head] == tensors.shapes[embedding] and tensors.dtypes[head] == tensors.dtypes[embedding]
     for start in of_rank[::step] if same else ():
         rows = slice(start, min(start + step, of_rank.stop))
-        same = same and torch.equal(tensors.slice(embedding)[rows], tensors.slice(head)[rows])
+        same = same and same_bits(tensors.slice(embedding)[rows], tensors.slice(head)[rows])
     if not same:
         raise UserError(
             f"{tensors.folder}: lm_head.weight differs from the embedding in values, shape or dtype, but config.json "

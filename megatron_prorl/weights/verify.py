@@ -27,7 +27,7 @@ from megatron_prorl.policy.device import init_device, shutdown_device
 from megatron_prorl.policy.model import build_model
 from megatron_prorl.weights.checksum import checksum
 from megatron_prorl.weights.convert import MegatronTensors, hf_files
-from megatron_prorl.weights.hf import HfTensors, check_tensors
+from megatron_prorl.weights.hf import HfTensors, check_tensors, same_bits
 from megatron_prorl.weights.tables import hf_shapes
 
 SEQUENCES, TOKENS = 4, 64
@@ -82,7 +82,7 @@ def verify(
     different, digest = [], 0
     for name, values in stored.tensors():
         digest = checksum(torch.tensor([digest, checksum(values)]))
-        if not _same_bits(tensors.slice(name)[:].to(values.dtype), values):
+        if not same_bits(tensors.slice(name)[:].to(values.dtype), values):
             different.append(name)
 
     token_ids = torch.randint(
@@ -107,10 +107,6 @@ def verify(
     else:
         print(_table(found), flush=True)
     return found.same
-
-
-def _same_bits(first: Tensor, second: Tensor) -> bool:
-    return torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8))
 
 
 @torch.no_grad()

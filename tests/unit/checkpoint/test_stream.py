@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import signal
@@ -184,3 +185,86 @@ def test_the_digests_are_those_of_the_files(tmp_path: Path) -> None:
     digests = write_pieces(tmp_path, [piece(number, lambda: torch.randn(4)) for number in range(4)])
     assert len(digests) == 2
     assert digests == {path.name: crc32(path) for path in tmp_path.glob("*.distcp")}
+
+
+def test_rows_of_another_layer_are_never_taken(tmp_path: Path) -> None:
+    """Chunks that cover one layer or two, in any order."""
+    values = torch.arange(3 * 4 * 2).reshape(3, 4, 2).float()
+    for number, cuts in enumerate([((0, 1), (1, 3)), ((2, 3), (0, 2)), ((0, 2), (2, 3)), ((1, 3), (0, 1))]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        pieces = [
+            Piece(
+                key="w", global_shape=(3, 4, 2), offset=(first, 0, 0), shape=(last - first, 4, 2), dtype=torch.float32,
+                chunks=partial(tensor_chunks, values[first:last]),
+            )
+            for first, last in cuts
+        ]  # fmt: skip
+        write_pieces(folder, pieces)
+        reader = CheckpointReader(folder)
+        for layer in range(3):
+            spans = reader.spans("w", (layer,), 1, 3)
+            if spans is not None:
+                copied = b"".join(
+                    bytes(chunk) for chunk in copy_spans(spans, values.dtype, values.dtype, lambda _: None)
+                )
+                assert copied == bytes(values[layer, 1:].contiguous().view(torch.uint8).numpy().data)
+            out = torch.empty(3, 2)
+            reader.read("w", (layer, 1, 0), out)
+            assert torch.equal(out, values[layer, 1:])
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+def test_values_in_another_dtype_than_the_metadata_say_are_converted(tmp_path: Path, stored: torch.dtype) -> None:
+    """As torch's own planner leaves it where chunks differ: the first one's dtype is that of all."""
+    values = torch.arange(8).reshape(4, 2).to(torch.bfloat16)
+    write_pieces(tmp_path, [box(values, slice(0, 2), slice(0, 2)), box(values.to(stored), slice(2, 4), slice(0, 2))])
+    reader = CheckpointReader(tmp_path)
+    assert reader.spans("w", (), 0, 2) is not None and reader.spans("w", (), 2, 2) is None
+    out = torch.empty(4, 2, dtype=torch.bfloat16)
+    reader.read("w", (0, 0), out)
+    assert torch.equal(out, values)
+
+
+def test_parts_that_are_stored_twice_are_refused(tmp_path: Path) -> None:
+    """Also where a gap of the same size would make up for it."""
+    values = torch.arange(20).reshape(10, 2).float()
+    for number, rows in enumerate([((0, 6), (2, 10)), ((0, 4), (2, 6), (8, 10))]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        write_pieces(folder, [box(values, slice(first, last), slice(0, 2)) for first, last in rows])
+        reader = CheckpointReader(folder)
+        assert reader.spans("w", (), 0, 8) is None
+        with pytest.raises(UserError, match="parts of w are stored twice"):
+            reader.read("w", (0, 0), torch.empty(8, 2))
+
+
+def test_damaged_metadata_is_one_line_or_harmless(tmp_path: Path) -> None:
+    """Every byte of it changed, in turn."""
+    values = torch.arange(8).reshape(4, 2).float()
+    write_pieces(tmp_path, [box(values, slice(0, 4), slice(0, 2))], [Blob(key="extra", value=[None])])
+    whole = (tmp_path / ".metadata").read_bytes()
+    refused = 0
+    for place in range(len(whole)):
+        changed = bytearray(whole)
+        changed[place] ^= 0x15
+        (tmp_path / ".metadata").write_bytes(changed)
+        try:
+            reader = CheckpointReader(tmp_path)
+            if "w" in reader.tensors and tuple(reader.tensors["w"].size) == (4, 2):
+                reader.spans("w", (), 0, 4)
+                reader.read("w", (0, 0), torch.empty(4, 2))
+        except UserError as error:
+            assert len(str(error).splitlines()) == 1
+            refused += 1
+    assert refused > len(whole) // 2
+
+
+def test_a_record_that_is_no_tensor_is_one_line(tmp_path: Path) -> None:
+    write_pieces(tmp_path, [piece(0, lambda: torch.zeros(4))])
+    [file] = [path for path in tmp_path.glob("*.distcp") if path.stat().st_size]
+    content = io.BytesIO()
+    torch.save({"no": "tensor"}, content)
+    file.write_bytes(content.getvalue().ljust(file.stat().st_size, b"\0"))
+    with pytest.raises(UserError, match=r"000 cannot be read"):
+        CheckpointReader(tmp_path).read("000", (0,), torch.empty(4))

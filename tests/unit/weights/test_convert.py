@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -350,6 +351,9 @@ def test_a_damaged_checkpoint_is_told_in_one_line(megatron: Path, tmp_path: Path
     file.write_bytes(whole[:-100])
     assert error_of(lambda: megatron_to_hf(megatron, tmp_path / "out")).startswith(f"{file}: cut off")
     file.write_bytes(bytes(len(whole)))
+    line = error_of(lambda: megatron_to_hf(megatron, tmp_path / "out"))
+    assert line == f"{megatron}: {file.name} changed since the checkpoint was written; take another checkpoint"
+    (megatron / "COMMITTED").unlink()  # as another Megatron's
     assert "cannot be read" in error_of(lambda: megatron_to_hf(megatron, tmp_path / "out"))
     file.unlink()
     assert f"{file.name} missing" in error_of(lambda: megatron_to_hf(megatron, tmp_path / "out"))
@@ -364,7 +368,7 @@ def test_a_checkpoint_of_another_model_is_told_in_one_line(megatron: Path, tmp_p
         ({"num_hidden_layers": 3}, "has shape [2, 64], but hf/config.json means [3, 64]"),
         ({"intermediate_size": 96}, "has shape"),
         ({"vocab_size": 400}, "too small for this model"),
-        ({"tie_word_embeddings": True}, "output_layer.weight left over"),
+        ({"tie_word_embeddings": True}, "output_layer.weight is left over"),
         ({"architectures": ["Qwen3ForCausalLM"], "head_dim": 16}, "q_layernorm.weight is missing"),
     ):
         (megatron / "hf" / "config.json").write_text(json.dumps(config | change))
@@ -425,3 +429,81 @@ def test_a_model_to_start_from_runs_no_code(megatron: Path, capsys: Any) -> None
     (megatron / ".metadata").write_bytes(pickle.dumps(Harmful()))
     error_of(lambda: load_weights([], megatron, {}))
     assert capsys.readouterr().out == ""
+
+
+def test_a_source_that_changes_meanwhile_is_named(hf: Path, megatron: Path, tmp_path: Path) -> None:
+    def touch(file: Path) -> Callable[[int, int], None]:
+        def on_progress(done: int, total: int) -> None:
+            shutil.copyfile(file, tmp_path / "copy")
+            (tmp_path / "copy").replace(file)
+
+        return on_progress
+
+    file = hf / "model.safetensors"
+    line = error_of(lambda: hf_to_megatron(hf, tmp_path / "out", on_progress=touch(file)))
+    assert line.startswith(f"{file}: changed while it was read")
+    file = max(megatron.glob("*.distcp"))
+    line = error_of(lambda: megatron_to_hf(megatron, tmp_path / "out", on_progress=touch(file)))
+    assert line.startswith(f"{file}: changed while it was read")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("prefix", [".tmp-", ".replaced-"])
+def test_what_a_killed_run_left_is_not_cleared_away_when_it_is_the_source(
+    hf: Path, tmp_path: Path, prefix: str
+) -> None:
+    source = hf.rename(tmp_path / f"{prefix}out")
+    before = tensors_of(source)
+    assert "would be removed, which is to be converted" in error_of(lambda: hf_to_megatron(source, tmp_path / "out"))
+    assert same_bits(tensors_of(source), before)
+
+
+def test_a_file_that_goes_is_named_and_not_taken_for_a_full_disk(hf: Path, tmp_path: Path) -> None:
+    def remove(done: int, total: int) -> None:
+        (hf / "model.safetensors").unlink(missing_ok=True)
+
+    line = error_of(lambda: hf_to_megatron(hf, tmp_path / "out", on_progress=remove))
+    assert line == f"cannot read {hf / 'model.safetensors'}: no such file or directory"
+
+
+def test_a_link_to_nothing_is_named(hf: Path, tmp_path: Path) -> None:
+    (hf / "tokenizer.json").unlink()
+    (hf / "tokenizer.json").symlink_to(tmp_path / "gone")
+    assert "tokenizer.json: is a link to nothing" in error_of(lambda: hf_to_megatron(hf, tmp_path / "out"))
+
+
+def test_both_names_of_the_dtype_are_changed(hf: Path, tmp_path: Path) -> None:
+    config = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps(config | {"dtype": "float32", "torch_dtype": "float32"}))
+    hf_to_megatron(hf, tmp_path / "megatron", dtype=torch.bfloat16)
+    found = json.loads((tmp_path / "megatron" / "hf" / "config.json").read_text())
+    assert (found["dtype"], found["torch_dtype"]) == ("bfloat16", "bfloat16")
+
+
+def test_a_dtype_that_safetensors_files_of_ours_lack_is_named(megatron: Path, tmp_path: Path) -> None:
+    reader, wide = CheckpointReader(megatron), tmp_path / "wide"
+    wide.mkdir()
+    pieces = []
+    for key, entry in reader.tensors.items():
+        values = torch.empty(entry.size)
+        reader.read(key, (0,) * values.dim(), values)
+        pieces.append(whole_tensor(key, values.double()))
+    write_pieces(wide, pieces)
+    (megatron / "hf").rename(wide / "hf")
+    assert "and 23 more are of type float64; give --dtype" in error_of(lambda: megatron_to_hf(wide, tmp_path / "out"))
+    megatron_to_hf(wide, tmp_path / "out", dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"num_hidden_layers": "2"}, "num_hidden_layers is '2'; expected a whole number of at least 1"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; expected a whole number of at least 1"),
+        ({"hidden_size": 64.0}, "hidden_size is 64.0; expected a whole number"),
+        ({"head_dim": "x"}, "head_dim is 'x'; expected"),
+    ],
+)
+def test_a_size_that_is_none_is_one_line(hf: Path, tmp_path: Path, change: dict[str, Any], part: str) -> None:
+    config = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps(config | change))
+    assert part in error_of(lambda: hf_to_megatron(hf, tmp_path / "out"))
