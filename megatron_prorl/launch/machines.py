@@ -49,7 +49,7 @@ class Machines:
     footprint: Footprint | None  # None where the model is not there
     hosts: list[str] = field(default_factory=list)  # by rank
     num_measured: int = 0
-    reached: Callable[[int], None] = lambda number: None  # tells how far this rank has come
+    tell: Callable[[str, str], None] = lambda what, text: None  # the store, for when no collective works any more
 
     @property
     def node(self) -> int:
@@ -71,8 +71,9 @@ class Machines:
             mine = (measure(), "")
         except Exception as error:
             mine = (None, in_words(error))
+            self.tell("failed", in_words(error))
         self.num_measured += 1
-        self.reached(self.num_measured)
+        self.tell("reached", str(self.num_measured))
         everybodys: list[Any] = [None] * self.num_ranks
         dist.all_gather_object(everybodys, mine)
         if failed := {rank: text for rank, (_, text) in enumerate(everybodys) if text}:

@@ -62,7 +62,7 @@ def preflight(cfg: Config) -> None:
     if len(present) < num_ranks:
         rows.append(_missing_row(cfg, present, num_ranks))
         return finish()
-    machines.reached = lambda number: store.set(f"reached/{rank}", str(number))
+    machines.tell = lambda what, text: store.set(f"{what}/{rank}", text)
     machines.hosts = [present[number] for number in range(num_ranks)]
     if blind := [number for number in kinds if kinds[number] == "cpu" and "cuda" in kinds.values()]:
         seen = f"{numbered('rank', blind)}: torch sees none, the others do"
@@ -103,6 +103,7 @@ def preflight(cfg: Config) -> None:
             rows.append(check(machines))
         except Failed as failed:
             rows.append(_failed_row(machines, name, failed.failures))
+            machines.tell("failed", "")
         except Exception as error:  # of this rank alone, or of another's end: no collective is of use any more
             causes = _causes(_failures(store, rank, num_ranks, in_words(error)))
             late = _late_row(machines, store, name)
@@ -214,12 +215,13 @@ def _failures(store: Any, rank: int, num_ranks: int, text: str) -> dict[int, str
     """What went wrong, by rank: here, and where others have told so within a second."""
     failures = {rank: text}
     with contextlib.suppress(Exception):  # the rank that serves the store is gone
-        store.set(f"failed/{rank}", text)
+        if not (store.check([f"failed/{rank}"]) and store.get(f"failed/{rank}")):  # or what came of it hides the cause
+            store.set(f"failed/{rank}", text)
         time.sleep(1.0)
         for other in range(num_ranks):
             if store.check([f"failed/{other}"]):
                 failures[other] = store.get(f"failed/{other}").decode()
-    return failures
+    return {other: text for other, text in failures.items() if text}
 
 
 def _causes(failures: Mapping[int, str]) -> dict[int, str]:

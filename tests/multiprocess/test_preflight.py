@@ -205,7 +205,8 @@ import torch.distributed as dist
 right = dist.all_reduce
 def wrong(tensor, *args, **kwargs):
     right(tensor, *args, **kwargs)
-    tensor[12345] += 1
+    if tensor.numel() > 12345:
+        tensor[12345] += 1
 dist.all_reduce = wrong
 """
     ended = preflight(config, faults={3: fault})
@@ -223,6 +224,18 @@ readiness.disk_speed = lambda folder: __import__("time").sleep(1000)
     assert "does not end; still in it: rank 2" in ended.row("disk speed")
     assert f"look at {node(1)}\n" in ended.err
     assert ended.seconds < 70
+
+
+def test_a_rank_that_fails_between_others_that_wait_for_it_is_told_with_its_error(config: Path) -> None:
+    fault = """
+import torch.distributed as dist
+def broken(*args, **kwargs): raise RuntimeError("CUDA error: uncorrectable ECC error")
+dist.all_reduce = broken
+"""
+    ended = preflight(config, faults={3: fault})
+    assert "rank 3: RuntimeError: CUDA error: uncorrectable ECC error" in ended.row("collectives")
+    assert set(ended.codes) == {2}, ended.err
+    assert ended.seconds < 60
 
 
 def test_a_taken_port_is_red(config: Path) -> None:
