@@ -130,6 +130,8 @@ def submit(plan: Plan, chain: str = "") -> str:
         except Exception as error:
             for job in experiment.jobs:
                 experiment.cancel(job.id)
+            if plan.executor == "local":  # told to end by a signal
+                raise LocalRunEnded(f"the run was ended: {_words(error)}", 1) from error
             raise UserError(f"{plan.executor} refused: {_words(error)}") from error
     text = status(plan)
     if plan.executor == "local" and (code := _last_verdict(Path(plan.run_dir))):
@@ -351,8 +353,10 @@ def _check_paths(plan: Plan) -> None:
     if plan.executor == "slurm":
         paths = [*paths, plan.slurm.checkout, plan.slurm.venv, plan.slurm.tunnel.job_dir]
     for path in paths:
-        if path and _JOB in path:
-            raise UserError(f"{path}: NeMo-Run replaces {_JOB} in paths; use another one")
+        if path and (_JOB in path or re.search(r"[\s'\"$]", path)):
+            raise UserError(
+                f"{path}: NeMo-Run's scripts take no {_JOB}, spaces, quotes or $ in paths; use another"
+            )
 
 
 def _words(error: Exception) -> str:

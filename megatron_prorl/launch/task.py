@@ -32,8 +32,8 @@ def nemo_run() -> Any:
 def prorl_task(config: str | Path, *overrides: str) -> Any:
     """The run that a configuration describes as a `nemo_run.Partial`: `config` and `overrides` can be changed in it.
 
-    `nemo_run.run` takes it with any executor whose machines see that file and have NeMo-Run; `prorl launch` and
-    `launch.nemo.Launch` bring chains of jobs with them. Raises ConfigError for a mistake in the configuration.
+    `nemo_run.run` takes it with any executor whose machines see that file and have NeMo-Run; `launch.nemo` makes a
+    chain of jobs of it, as `prorl launch` does. Raises ConfigError for a mistake in the configuration.
     """
     load_config(config, overrides)
     return nemo_run().Partial(train, config=str(config), overrides=list(overrides))

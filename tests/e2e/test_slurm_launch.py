@@ -61,12 +61,12 @@ class Launch:
         (folder / "site.yaml").write_text(yaml.safe_dump({"slurm": site | more}))
         return cls(slurm, folder)
 
-    def prorl(self, *options: str) -> str:
+    def prorl(self, *options: str, code: int = 0) -> str:
         command = [sys.executable, "-m", "megatron_prorl.cli", "launch", "config.yaml", *options]
         environment = os.environ | self.slurm.variables | {"NEMORUN_HOME": str(self.folder / "nemo")}
         done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout if code == 0 else done.stderr
 
     def submit(self, *options: str) -> list[str]:
         """The jobs' ids, in their order."""
@@ -180,6 +180,13 @@ def test_a_chain_that_fails_three_times_at_the_same_step_stops_with_a_report(
     logs = [path.read_text() for path in sorted(launch.experiment.glob("sbatch_*.out"))]
     reports = ["3 attempts in a row saved nothing after step 0, so no other is made:" in text for text in logs]
     assert sorted(reports) == [False, False, False, False, True]
+
+
+def test_what_slurm_refuses_is_one_line_and_leaves_no_job(slurm: Cluster, toy_model: Path, tmp_path: Path) -> None:
+    launch = Launch.of(slurm, tmp_path, toy_config(toy_model, tmp_path / "run"))
+    line = launch.prorl("--jobs", "2", "--time", "soon", code=2)
+    assert line == "error: slurm refused: sbatch: error: Invalid --time specification\n"
+    assert slurm.run("squeue", "-h") == ""
 
 
 def test_a_single_job_begins_again_by_itself(slurm: Cluster, toy_model: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ MAY_IMPORT = {
     "megatron": {"policy", "weights", "checkpoint"},
     "transformer_engine": {"policy", "weights", "checkpoint"},
     "vllm": {"rollout", "weights"},
+    "nemo_run": {"launch"},
     "ray": set(),
     "apex": set(),
 }
@@ -26,6 +27,7 @@ WITHOUT_TORCH = (
     "ending",
     "launch.attempts",
     "launch.local",
+    "launch.nemo",
     "stalls",
     "checkpoint.branch",
     "tracking.tree",

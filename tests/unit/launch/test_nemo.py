@@ -93,6 +93,13 @@ def test_the_script_is_one_that_bash_reads(name: str) -> None:
     subprocess.run(["bash", "-n", str(SCRIPTS / name)], check=True)
 
 
+def test_the_example_prints_the_script_of_the_papers_recipe() -> None:
+    command = [sys.executable, str(REPOSITORY / "examples" / "launch_slurm.py"), "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "\n#SBATCH --nodes=4\n#SBATCH --ntasks-per-node=8\n" in done.stdout
+
+
 def test_a_dry_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config, "_NEMORUN_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
@@ -173,9 +180,10 @@ def test_without_a_checkout_there_the_last_commit_is_sent_and_nothing_else(
         plan(tmp_path, site, *absolute)
 
 
-def test_a_path_that_nemo_run_would_replace_is_refused(tmp_path: Path) -> None:
-    site = VENV.model_copy(update={"venv": "/shared/nemo_run/venv"})
-    with pytest.raises(UserError, match="NeMo-Run replaces /nemo_run in paths; use another one"):
+@pytest.mark.parametrize("venv", ["/shared/nemo_run/venv", "/shared/my venv", "/shared/$USER/venv"])
+def test_a_path_that_breaks_nemo_runs_scripts_is_refused(tmp_path: Path, venv: str) -> None:
+    site = VENV.model_copy(update={"venv": venv})
+    with pytest.raises(UserError, match="NeMo-Run's scripts take no /nemo_run, spaces, quotes or "):
         nemo.dry_run(plan(tmp_path, site))
 
 
