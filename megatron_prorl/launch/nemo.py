@@ -354,9 +354,7 @@ def _check_paths(plan: Plan) -> None:
         paths = [*paths, plan.slurm.checkout, plan.slurm.venv, plan.slurm.tunnel.job_dir]
     for path in paths:
         if path and (_JOB in path or re.search(r"[\s'\"$]", path)):
-            raise UserError(
-                f"{path}: NeMo-Run's scripts take no {_JOB}, spaces, quotes or $ in paths; use another"
-            )
+            raise UserError(f"{path}: NeMo-Run's scripts take no {_JOB}, spaces, quotes or $ in paths; use another")
 
 
 def _words(error: Exception) -> str:
