@@ -13,7 +13,7 @@ from megatron_prorl import ending, heartbeat
 from megatron_prorl.checkpoint.folders import latest_sound_checkpoint, prepare_run_dir, step_of
 from megatron_prorl.checkpoint.lock import only_writer
 from megatron_prorl.config.hf import hf_folder
-from megatron_prorl.config.run_dir import check_data, check_run_dir, record_config
+from megatron_prorl.config.run_dir import check_data, check_run_dir, has_begun, record_config
 from megatron_prorl.config.schema import Config
 from megatron_prorl.data.chat import load_tokenizer
 from megatron_prorl.data.problems import TrainProblems
@@ -44,9 +44,12 @@ class RankZero:
         stack.enter_context(only_writer(self._run_dir, patience_seconds=patience))
         self._status = stack.enter_context(StatusWriter(self._run_dir, cfg.steps))
         self._changes = check_run_dir(cfg)
-        record_config(cfg)
+        if not self._changes:
+            record_config(cfg)
+        kept = self._run_dir / "hf"
+        if not has_begun(self._run_dir) or not kept.is_dir():
+            keep_model_files(hf_folder(cfg.model.path), kept)
         prepare_run_dir(self._run_dir)
-        keep_model_files(hf_folder(cfg.model.path), self._run_dir / "hf")
 
     def find_checkpoint(self) -> Path | None:
         """Where the run goes on from. Reads all of it, so it may take long."""
@@ -60,7 +63,7 @@ class RankZero:
 
     def begin_stage(self, cfg: Config, progress: Progress) -> None:
         """Open what depends on the stage, whose configuration `cfg` is, besides what needs the engines."""
-        self._cfg, stack = cfg, self._stack
+        plan, self._cfg, stack = self._cfg, cfg, self._stack
         self._status.begin(progress.step, progress.stage, progress.num_resets)
         self.display = ProgressDisplay(cfg.steps, self._start_step, status=self._status)
         stack.callback(self.display.close)
@@ -72,6 +75,7 @@ class RankZero:
         stack.callback(self._lineage.close)
         if self._changes:
             self.note({"event": "config", "step": self._start_step, "changed": self._changes})
+            record_config(plan)  # only now: a start that does not come this far leaves the change to be noted
         self._metrics = MetricsWriter(self._run_dir, cfg.tracking, self._start_step)
         stack.callback(self._metrics.close)
         self.display.phase("start")

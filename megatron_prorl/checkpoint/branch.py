@@ -34,13 +34,14 @@ from megatron_prorl.checkpoint.folders import (
     verify_digests,
 )
 from megatron_prorl.checkpoint.lock import only_writer
-from megatron_prorl.config.hf import hf_folder
+from megatron_prorl.config.hf import hf_folder, important, other_model_files
 from megatron_prorl.config.load import ConfigError, dump_config
 from megatron_prorl.config.run_dir import differences, run_config
 from megatron_prorl.config.schema import Config, DataConfig
 from megatron_prorl.config.stages import stage_config
 from megatron_prorl.data.order import Mixture
 from megatron_prorl.errors import UserError
+from megatron_prorl.files import replace_file
 from megatron_prorl.tracking.lineage import BRANCHES, LINEAGE_FILE, describe_changes, read_branches, read_lineage
 from megatron_prorl.tracking.metrics import METRICS_FILE
 from megatron_prorl.tracking.rows import read_rows
@@ -48,8 +49,6 @@ from megatron_prorl.types import Event, Progress
 
 # How the checkpoint is written, so that another value could not read it.
 FIXED = ("optimizer.distributed", "model.dtype")
-# Of config.json: what says nothing about the model itself.
-_UNIMPORTANT = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "auto_map"}
 
 
 def branch_config(run_dir: str | Path, new_dir: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -80,11 +79,11 @@ def _model_problems(before: Path, cfg: Config) -> list[str]:
     if not (before / "config.json").is_file() or not (now / "config.json").is_file():
         return [f"model.path: cannot compare {now} with the run's model; leave it as it is"]
     old, new = (json.loads((folder / "config.json").read_text(encoding="utf-8")) for folder in (before, now))
-    keys = [key for key in differences(old, new) if key.partition(".")[0] not in _UNIMPORTANT]
-    if keys:
+    if keys := list(differences(important(old), important(new))):
         return [f"model.path: {now} is another model than the run's ({', '.join(keys[:3])}); leave it as it is"]
-    if (before / "tokenizer.json").read_bytes() != (now / "tokenizer.json").read_bytes():
-        return [f"model.path: {now} has another tokenizer than the run's; leave it as it is"]
+    if others := other_model_files(before, now):
+        named = ", ".join(others)
+        return [f"model.path: {now} has another tokenizer or chat template than the run's ({named}); leave it as it is"]
     return []
 
 
@@ -106,8 +105,10 @@ def branch(run_dir: str | Path, cfg: Config, start: str = "") -> str:
     event["time"] = round(time.time(), 3)
 
     record = parent / BRANCHES / f"{event['id']}.json"
+    unfinished = branch_event(_temporary(new_dir))  # of a process that was killed: `begin` removes it
     try:
         draft = begin(new_dir, 0)
+        _remove_record(unfinished)
         linked = _take_checkpoints(parent, checkpoint, draft, progress, cfg)
         _take_small_files(parent, draft, progress.step, same_data=not any(key.startswith("data.") for key in changed))
         (draft / "config.yaml").write_text(dump_config(cfg), encoding="utf-8")
@@ -133,27 +134,45 @@ def branch(run_dir: str | Path, cfg: Config, start: str = "") -> str:
 def delete(run_dir: str | Path) -> str:
     """Remove a run directory; says so in words.
 
-    Raises UserError for a folder that is no run's, in which a process trains, or from which others branch.
+    Raises UserError for a folder that is no run's, in which a process trains, or from which others branch: also where
+    a branch is not found, which may be moved or on a disk that is not there now.
     """
     folder = Path(run_dir).resolve()
     run_config(run_dir)
-    if branches := living_branches(folder):
-        named = ", ".join(f"{event['run']} (at {event['from']})" for event in branches)
+    # One whose making or deletion was interrupted is in its temporary folder.
+    branches = [event for event in read_branches(folder) if not _is(event, _temporary(Path(event["run"])))]
+    if there := [event for event in branches if _is(event, Path(event["run"]))]:
+        named = ", ".join(f"{event['run']} (at {event['from']})" for event in there)
         raise UserError(f"{run_dir}: is where {named} branched off; delete those first")
+    if branches:
+        named = ", ".join(f"{event['run']} (at {event['from']})" for event in branches)
+        records = ", ".join(str(folder / BRANCHES / f"{event['id']}.json") for event in branches)
+        raise UserError(
+            f"{run_dir}: is where {named} branched off, which is not there now: delete it first where it was moved to, "
+            f"or mount its disk; where it is gone for good, remove {records}"
+        )
     with only_writer(folder):
-        own = branch_event(folder)
-        doomed = folder.with_name(TEMPORARY + folder.name)
+        own, doomed = branch_event(folder), _temporary(folder)
         shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)  # first, so that a half-removed folder never looks like a run
+        _remove_record(own)
         shutil.rmtree(doomed)
-        if own:
-            (Path(own["parent"]) / BRANCHES / f"{own['id']}.json").unlink(missing_ok=True)
     return f"deleted {run_dir}"
 
 
-def living_branches(run_dir: Path) -> list[Event]:
-    """The "branched" events of the branches whose directories are still there."""
-    return [event for event in read_branches(run_dir) if branch_event(event["run"]).get("id") == event["id"]]
+def _is(event: Event, run_dir: Path) -> bool:
+    """Whether the folder is that of the branch."""
+    return branch_event(run_dir).get("id") == event["id"]
+
+
+def _temporary(run_dir: Path) -> Path:
+    return run_dir.with_name(TEMPORARY + run_dir.name)
+
+
+def _remove_record(own: Event) -> None:
+    """Of a branch that is no more, from the run that it came from."""
+    if own:
+        (Path(own["parent"]) / BRANCHES / f"{own['id']}.json").unlink(missing_ok=True)
 
 
 def branch_event(run_dir: str | Path) -> Event:
@@ -232,7 +251,8 @@ def _check_goes_on(progress: Progress, cfg: Config, name: str) -> None:
 def _take_checkpoints(parent: Path, checkpoint: Path, draft: Path, progress: Progress, cfg: Config) -> bool:
     """The checkpoint, that with the best validation if resets go back to it, and their references; whether linked."""
     checkpoints, linked = [checkpoint], True
-    best = best_step(progress, cfg.reset.score) if cfg.reset.target == "best" else None
+    of_stage = stage_config(cfg, progress.stage)
+    best = best_step(progress, of_stage.reset.score) if of_stage.reset.target == "best" else None
     if best not in (None, progress.step) and is_committed(checkpoint_folder(parent, best)):
         checkpoints.append(checkpoint_folder(parent, best))
     for path in checkpoints:
@@ -244,7 +264,7 @@ def _take_checkpoints(parent: Path, checkpoint: Path, draft: Path, progress: Pro
         now = state | {"progress": asdict(progress)} if path == checkpoint else state
         texts = {} if now == state else {STATE: json.dumps(now, indent=1)}
         linked &= _take_folder(path, checkpoint_folder(draft, step_of(path)), texts)
-    coefficient = stage_config(cfg, progress.stage).algorithm.kl.coefficient
+    coefficient = of_stage.algorithm.kl.coefficient
     if coefficient > 0 and not reference_folder(draft, progress.reference).exists():
         raise UserError(
             f"algorithm.kl.coefficient: {coefficient:g} needs a reference, and {checkpoint} has none; set it to 0"
@@ -292,6 +312,4 @@ def _take_small_files(parent: Path, draft: Path, step: int, *, same_data: bool) 
 
 
 def _write_row(path: Path, row: Event) -> None:
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(row) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+    replace_file(path, json.dumps(row) + "\n")

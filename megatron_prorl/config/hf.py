@@ -15,6 +15,14 @@ _REQUIRED_KEYS = (
     "num_key_value_heads", "rms_norm_eps", "vocab_size",
 )  # fmt: skip
 _MOE_KEYS = ("moe_intermediate_size", "num_experts", "num_experts_per_tok")
+# Of the JSON files: what says nothing about the model and its prompts.
+_UNIMPORTANT = {
+    "_name_or_path", "name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "auto_map",
+}  # fmt: skip
+_PROMPT_FILES = (
+    "tokenizer*", "chat_template*", "additional_chat_templates/*", "*.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.*", "merges.txt",
+)  # fmt: skip
 _QWEN3_HEAD_DIM = 128  # transformers' Qwen3Config, whatever the hidden size
 
 
@@ -34,6 +42,37 @@ def hf_folder(path: str | Path) -> Path:
     own = folder / "hf"
     of_run = folder.absolute().parent.parent / "hf"
     return own if (own / "config.json").is_file() or not (of_run / "config.json").is_file() else of_run
+
+
+def other_model_files(before: Path, now: Path) -> list[str]:
+    """Names of the files that say what the model is and how its prompts read, and that differ in two folders."""
+    patterns = ("config.json", *_PROMPT_FILES)
+    names = {
+        str(path.relative_to(folder))
+        for folder in (before, now)
+        for pattern in patterns
+        for path in folder.glob(pattern)
+        if path.is_file()
+    }
+    return [name for name in sorted(names) if not _say_the_same(before / name, now / name)]
+
+
+def _say_the_same(one: Path, other: Path) -> bool:
+    if not (one.is_file() and other.is_file()):
+        return False
+    contents = [path.read_bytes() for path in (one, other)]
+    if contents[0] == contents[1] or one.suffix != ".json":
+        return contents[0] == contents[1]
+    try:
+        first, second = (json.loads(content) for content in contents)
+    except ValueError:
+        return False
+    return isinstance(first, dict) and isinstance(second, dict) and important(first) == important(second)
+
+
+def important(content: dict[str, Any]) -> dict[str, Any]:
+    """Of a JSON file: what says something about the model or its prompts."""
+    return {key: value for key, value in content.items() if key not in _UNIMPORTANT}
 
 
 def head_dim(hf: dict[str, Any]) -> int:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from megatron_prorl.config.hf import hf_folder, other_model_files
 from megatron_prorl.config.load import ConfigError, dump_config, load_config, read_yaml
 from megatron_prorl.config.schema import Config
 from megatron_prorl.errors import UserError
+from megatron_prorl.files import replace_file
 
 # What a resumed run may change: none of these alters what is learned from which data, but for what a person decides
 # about resets and guards while a run goes on. The layout may change because checkpoints reshard on load.
@@ -35,11 +36,12 @@ MAY_CHANGE = (
 def check_run_dir(cfg: Config) -> list[str]:
     """What differs from the configuration with which `cfg.run_dir` got its checkpoints, as "key was ..., is ...".
 
-    Raises ConfigError, naming what, where that may not differ.
+    Raises ConfigError, naming what, where that may not differ, or where the model's config, tokenizer or chat template
+    is no longer that which the run keeps in `hf`.
     """
     run_dir = Path(cfg.run_dir)
     recorded = run_dir / "config.yaml"
-    if not recorded.is_file() or not _has_begun(run_dir):
+    if not recorded.is_file() or not has_begun(run_dir):
         return []
     different = differences(_completed(read_yaml(recorded)), cfg.model_dump())
     changed = {key: f"{key} was {was}, is {now}" for key, (was, now) in different.items() if key != "run_dir"}
@@ -50,7 +52,19 @@ def check_run_dir(cfg: Config) -> list[str]:
                 "use a new run_dir, put it back, or change it in a branch (prorl branch)"
             ]
         )
+    if others := _other_model_files(cfg):
+        raise ConfigError(
+            [
+                f"run_dir: {run_dir} was made with another model or tokenizer: {', '.join(others)} of {cfg.model.path} "
+                "changed since; use a new run_dir or put it back"
+            ]
+        )
     return list(changed.values())
+
+
+def _other_model_files(cfg: Config) -> list[str]:
+    kept, now = Path(cfg.run_dir) / "hf", hf_folder(cfg.model.path)
+    return other_model_files(kept, now) if kept.is_dir() and now.is_dir() else []
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -88,7 +102,7 @@ def check_data(cfg: Config, digests: dict[str, str]) -> None:
     """
     run_dir = Path(cfg.run_dir)
     target = run_dir / "data.json"
-    recorded = read_yaml(target) if target.is_file() and _has_begun(run_dir) else {}
+    recorded = read_yaml(target) if target.is_file() and has_begun(run_dir) else {}
     changed = [path for path, digest in sorted(digests.items()) if recorded.get(path, digest) != digest]
     if changed:
         raise ConfigError(
@@ -100,16 +114,16 @@ def check_data(cfg: Config, digests: dict[str, str]) -> None:
     _write(target, json.dumps(digests, indent=2) + "\n")
 
 
-def _has_begun(run_dir: Path) -> bool:
-    return any((run_dir / "checkpoints").glob("step-*"))
+def has_begun(run_dir: Path) -> bool:
+    """Whether the run has a checkpoint, be it one that was set aside and that a person may put back."""
+    found = (run_dir / "checkpoints").glob("*step-*")
+    return any(not path.name.startswith(".tmp-") for path in found)
 
 
 def _write(target: Path, text: str) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        draft = target.with_suffix(".tmp")
-        draft.write_text(text, encoding="utf-8")
-        os.replace(draft, target)
+        replace_file(target, text)
     except OSError as error:
         raise ConfigError([f"run_dir: cannot write {target}: {(error.strerror or str(error)).lower()}"]) from None
 

@@ -8,7 +8,7 @@ import math
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def overview(run_dir: str | Path) -> dict[str, Any]:
     cfg = run_config(run_dir)
     status, rows, events = read_status(run_dir), read_metrics(run_dir), read_lineage(run_dir)
     checkpoints = committed_checkpoints(run_dir)
-    progress = read_state(checkpoints[-1])["progress"] if checkpoints else {"step": 0}
+    progress: dict[str, Any] = read_state(checkpoints[-1])["progress"] if checkpoints else {"step": 0}
     alive = life(run_dir, status, now)
     state: str = alive.name
     detail = alive.detail
@@ -51,6 +51,11 @@ def overview(run_dir: str | Path) -> dict[str, Any]:
         state, detail = _rest(cfg, progress, events, alive.detail)
     live = state in ("running", "STALLED")
     step = status["step"] if live and status else max(progress["step"], int(rows[-1]["step"]) if rows else 0)
+    # What lies after the step died with its process, as the run will find when it goes on.
+    done = [event for event in events if event["step"] <= step]
+    resets = [(event["number"], event["step"]) for event in done if "number" in event]
+    num_resets, last_reset_step = max([(progress.get("num_resets", 0), progress.get("last_reset_step", 0)), *resets])
+    left = _left_behind([*progress.get("events", []), *done])
     stage = status["stage"] if live and status else progress.get("stage", 0)
     last_rows = [row for row in rows if row.get("step", 0) > 0][-STEPS_AVERAGED:]
     seconds = status["seconds_a_step"] if live and status else None
@@ -64,10 +69,10 @@ def overview(run_dir: str | Path) -> dict[str, Any]:
         "steps": cfg.steps,
         "stage": stage,
         "stages": [planned.name for planned in cfg.stages],
-        "resets": status["resets"] if live and status else progress.get("num_resets", 0),
-        "last_reset_step": max([progress.get("last_reset_step", 0)] + [at["step"] for at in events if "number" in at]),
-        "reward": _course(rows, "reward/mean"),
-        "held_out": _course(rows, "validation/reward"),
+        "resets": status["resets"] if live and status else num_resets,
+        "last_reset_step": last_reset_step,
+        "reward": _course(rows, "reward/mean", left),
+        "held_out": _course(rows, "validation/reward", left),
         "kl": _last(rows, "policy/kl_reference"),
         "entropy": _last(rows, "policy/entropy"),
         "response_tokens": _last(rows, "rollout/response_tokens_mean"),
@@ -82,6 +87,12 @@ def overview(run_dir: str | Path) -> dict[str, Any]:
         "branches": [{"run": event["run"], "from": event["from"]} for event in read_branches(run_dir)],
         "events": sorted([*events, *read_branches(run_dir)], key=lambda event: event["time"])[-EVENTS_SHOWN:],
     }
+
+
+def _left_behind(events: Sequence[Event]) -> set[int]:
+    """The steps whose weights a rollback has given up."""
+    rollbacks = [event for event in events if event["event"] == "rollback"]
+    return {step for event in rollbacks for step in range(event["last_good_step"] + 1, event["step"] + 1)}
 
 
 def _rest(cfg: Config, progress: Mapping[str, Any], events: Sequence[Event], detail: str) -> tuple[str, str]:
@@ -148,12 +159,12 @@ def render(found: Mapping[str, Any], now: float | None = None) -> str:
     return "\n".join(text)
 
 
-def _course(rows: Rows, key: str) -> dict[str, Any] | None:
-    """First, last and best value of a metric."""
+def _course(rows: Rows, key: str, left: Collection[int]) -> dict[str, Any] | None:
+    """First, last and best value of a metric; the best of the steps that are not in `left`."""
     found = [(int(row["step"]), row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
     if not found:
         return None
-    best_step, best = max(found, key=lambda point: point[1])
+    best_step, best = max([at for at in found if at[0] not in left] or found, key=lambda point: point[1])
     last_step, last = found[-1]
     return {"first": found[0][1], "last": last, "last_step": last_step, "best": best, "best_step": best_step}
 

@@ -50,7 +50,14 @@ def read_requests(run_dir: str | Path) -> dict[str, str]:
 
 
 def clear_requests(run_dir: str | Path, done: Collection[str]) -> None:
-    """Remove those whose marks are among `done`."""
-    for request, mark in read_requests(run_dir).items():
-        if mark in done:
-            (Path(run_dir) / "requests" / request).unlink(missing_ok=True)
+    """Remove those whose marks are among `done`; one that is asked for again meanwhile stays."""
+    folder = Path(run_dir) / "requests"
+    for request in REQUESTS:
+        path, taken = folder / request, folder / f".{request}.taken"
+        with contextlib.suppress(FileNotFoundError):
+            if read_requests(run_dir).get(request) in done:
+                path.replace(taken)
+            if taken.read_text() in done:
+                taken.unlink()
+            else:  # asked for since it was read; or a kill came before it was put back
+                taken.replace(path)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_prorl.errors import UserError
+from megatron_prorl.files import replace_file
 
 
 def read_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
@@ -30,7 +30,4 @@ def read_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
 
 def cut_off(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     """Leave the complete rows that are to be kept."""
-    kept = [line for row, line in read_rows(path) if keep(row)]
-    draft = path.with_suffix(".tmp")
-    draft.write_text("".join(kept), encoding="utf-8")
-    os.replace(draft, path)
+    replace_file(path, "".join(line for row, line in read_rows(path) if keep(row)))

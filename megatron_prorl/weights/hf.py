@@ -194,13 +194,12 @@ def copy_small_files(source: Path, target: Path, dtype: torch.dtype | None) -> N
 
 
 def keep_model_files(source: Path, target: Path) -> None:
-    """Copy config, tokenizer and the like to `target`, which appears by rename, unless it is there already."""
-    if target.exists():
-        return
+    """Copy config, tokenizer and the like to `target`, which appears by rename, in place of what is there."""
     draft = target.with_name(f".tmp-{target.name}")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     copy_small_files(source, draft, dtype=None)
+    shutil.rmtree(target, ignore_errors=True)
     draft.rename(target)
 
 

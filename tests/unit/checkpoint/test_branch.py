@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_folder import make_run
+from run_folder import make_folder, make_run
 
 from megatron_prorl.checkpoint import branch as module
 from megatron_prorl.checkpoint.branch import branch, branch_config, delete
@@ -173,6 +173,21 @@ def test_a_branch_that_resets_to_the_best_has_that_checkpoint_too(parent: Path) 
     ).exists()
 
 
+@pytest.mark.parametrize(("score", "best"), [("validation/reward", 20), ("validation/falling", 10)])
+def test_a_branch_in_a_stage_that_resets_to_the_best_has_that_checkpoint_too(
+    tmp_path: Path, score: str, best: int
+) -> None:
+    stages = [{"name": "only", "options": {"reset.target": "best", "reset.score": score}}]
+    parent = make_run(tmp_path / "parent", stages=stages)
+    content = read_state(checkpoint_folder(parent, 40))
+    for row in content["progress"]["history"][10::10]:
+        row["validation/falling"] = -row["step"]
+    shutil.rmtree(checkpoint_folder(parent, 40))
+    make_folder(checkpoint_folder(parent, 40), b"weights 40", json.dumps(content).encode())
+    child = make_branch(parent)
+    assert sorted(os.listdir(child / "checkpoints")) == [f"step-{best:06d}", "step-000040"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "start", "problem"),
     [
@@ -205,9 +220,18 @@ def test_another_model_is_refused_and_the_same_elsewhere_is_not(parent: Path, tm
     assert (child / "hf" / "config.json").is_file()
     with pytest.raises(UserError, match=r"deeper is another model than the run's \(num_hidden_layers\)"):
         make_branch(parent, f"model.path={tmp_path}/deeper", name="second")
-    (tmp_path / "moved" / "tokenizer.json").write_text("{ }")
+    (tmp_path / "moved" / "tokenizer.json").write_text('{"model": {}}')
     with pytest.raises(UserError, match="another tokenizer"):
         make_branch(parent, f"model.path={tmp_path}/moved", name="second")
+
+
+def test_a_model_with_another_chat_template_is_refused(parent: Path, tmp_path: Path) -> None:
+    for folder, template in ((parent / "hf", "{{ messages }}"), (tmp_path / "terse", "Be terse. {{ messages }}")):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(UserError, match=r"another tokenizer or chat template than the run's \(chat_template\.jinja\)"):
+        make_branch(parent, f"model.path={tmp_path}/terse")
 
 
 def test_a_damaged_checkpoint_is_not_branched_from(parent: Path) -> None:
@@ -271,6 +295,38 @@ def test_a_run_goes_when_nothing_needs_it(parent: Path) -> None:
     assert list((parent / "branches").iterdir()) == []
     delete(parent)
     assert os.listdir(parent.parent) == []
+
+
+def test_a_run_stays_while_a_branch_of_it_is_not_found(parent: Path) -> None:
+    child = make_branch(parent, start="reset-2")
+    elsewhere = child.rename(parent.parent / "moved")
+    make_branch(child.parent / "moved", name="child")  # another run has taken its place
+    (record,) = (parent / "branches").iterdir()
+    with pytest.raises(UserError) as caught:
+        delete(parent)
+    assert str(caught.value) == (
+        f"{parent}: is where {child} (at reset-002) branched off, which is not there now: delete it first where it was "
+        f"moved to, or mount its disk; where it is gone for good, remove {record}"
+    )
+    assert is_committed(checkpoint_folder(parent, 40))
+    delete(child)
+    delete(elsewhere)
+    delete(parent)
+
+
+def test_a_run_goes_once_its_record_of_a_lost_branch_is_removed(parent: Path) -> None:
+    shutil.rmtree(make_branch(parent))
+    with pytest.raises(UserError, match="which is not there now"):
+        delete(parent)
+    (record,) = (parent / "branches").iterdir()
+    record.unlink()
+    delete(parent)
+
+
+def test_a_branch_that_was_killed_in_the_making_or_the_deletion_keeps_no_run(parent: Path) -> None:
+    child = make_branch(parent)
+    child.rename(child.with_name(".tmp-child"))
+    delete(parent)
 
 
 def subprocess_delete(run_dir: Path) -> None:

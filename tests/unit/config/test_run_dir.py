@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_prorl.config.load import ConfigError, load_config
 from megatron_prorl.config.run_dir import check_data, check_run_dir, record_config
 from megatron_prorl.config.schema import Config
+from megatron_prorl.tracking.rows import cut_off
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "quickstart.yaml"
 
@@ -119,6 +123,105 @@ def test_a_run_without_a_checkpoint_may_start_again_with_other_problems(tmp_path
     with pytest.raises(ConfigError, match=r"math\.jsonl changed since"):
         check_data(cfg, {"math.jsonl": "aa"})
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoints", "data.json"]
+
+
+@pytest.mark.parametrize("aside", [".incomplete-", ".corrupt-", ".replaced-"])
+def test_a_checkpoint_that_was_set_aside_counts(begun: Path, aside: str) -> None:
+    folder = begun / "checkpoints"
+    check_data(config(begun), {"math.jsonl": "aa"})
+    (folder / "step-000010").rename(folder / f"{aside}step-000010")
+    with pytest.raises(ConfigError, match="seed was 0, is 7"):
+        check_run_dir(config(begun, "seed=7"))
+    with pytest.raises(ConfigError, match=r"math\.jsonl changed since"):
+        check_data(config(begun), {"math.jsonl": "bb"})
+
+
+MODEL_FILES: dict[str, dict[str, Any] | str] = {
+    "config.json": {"num_hidden_layers": 2, "_name_or_path": "here", "dtype": "float32"},
+    "generation_config.json": {"top_p": 0.9},
+    "tokenizer.json": {"model": {"type": "BPE"}},
+    "tokenizer_config.json": {"chat_template": "{{ messages }}", "name_or_path": "here"},
+    "chat_template.jinja": "{{ messages }}",
+    "merges.txt": "a b",
+    "additional_chat_templates/rag.jinja": "{{ documents }}",
+}
+
+
+def write_model(folder: Path) -> None:
+    for name, content in MODEL_FILES.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+@pytest.fixture
+def model(begun: Path, tmp_path: Path) -> Path:
+    """The model of the run that has begun, which has kept its files."""
+    write_model(begun / "hf")
+    write_model(tmp_path / "model")
+    record_config(config(begun, f"model.path={tmp_path}/model"))
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("config.json", '{"num_hidden_layers": 3}'),
+        ("tokenizer.json", "{}"),
+        ("tokenizer_config.json", '{"chat_template": "Be terse. {{ messages }}"}'),
+        ("tokenizer_config.json", '{"chat_templ'),
+        ("chat_template.jinja", "Be terse. {{ messages }}"),
+        ("merges.txt", None),
+        ("additional_chat_templates/rag.jinja", "{{ messages }}"),
+        ("special_tokens_map.json", "{}"),
+    ],
+)
+def test_a_resumed_run_refuses_another_model_or_tokenizer_and_names_the_files(
+    begun: Path, model: Path, name: str, text: str | None
+) -> None:
+    cfg = config(begun, f"model.path={model}")
+    assert check_run_dir(cfg) == []
+    (model / name).unlink() if text is None else (model / name).write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        check_run_dir(cfg)
+    assert str(caught.value) == (
+        f"config error: run_dir: {begun} was made with another model or tokenizer: {name} of {model} changed since; "
+        "use a new run_dir or put it back"
+    )
+
+
+def test_what_says_nothing_of_model_and_prompts_may_change(begun: Path, model: Path) -> None:
+    (model / "config.json").write_text('{"num_hidden_layers": 2, "torch_dtype": "bfloat16"}')
+    (model / "generation_config.json").write_text("{}")
+    (model / "model.safetensors.index.json").write_text("{}")
+    assert check_run_dir(config(begun, f"model.path={model}")) == []
+
+
+def test_a_checkpoint_that_was_only_begun_does_not_count(begun: Path) -> None:
+    (begun / "checkpoints" / "step-000010").rename(begun / "checkpoints" / ".tmp-step-000010")
+    assert check_run_dir(config(begun, "seed=7")) == []
+
+
+def test_a_run_without_a_checkpoint_may_start_again_with_another_model(begun: Path, model: Path) -> None:
+    (model / "chat_template.jinja").write_text("Be terse. {{ messages }}")
+    (begun / "checkpoints" / "step-000010").rmdir()
+    assert check_run_dir(config(begun, f"model.path={model}")) == []
+
+
+def test_what_is_recorded_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    replace = os.replace
+
+    def checked(draft: Path, target: Path) -> None:
+        assert os.stat(draft).st_ino in synced, target
+        replace(draft, target)
+
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_ino))
+    monkeypatch.setattr(os, "replace", checked)
+    record_config(config(tmp_path / "run"))
+    check_data(config(tmp_path / "run"), {"math.jsonl": "aa"})
+    (tmp_path / "rows.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    cut_off(tmp_path / "rows.jsonl", lambda row: row["step"] < 2)
+    assert (tmp_path / "rows.jsonl").read_text() == '{"step": 1}\n'
 
 
 def test_a_run_directory_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:

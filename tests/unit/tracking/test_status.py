@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_folder import make_run, write_rows
+from run_folder import make_folder, make_run, row, write_rows
 
+from megatron_prorl.checkpoint.folders import checkpoint_folder
 from megatron_prorl.checkpoint.lock import only_writer
 from megatron_prorl.errors import UserError
 from megatron_prorl.tracking.overview import overview, render
@@ -215,6 +217,35 @@ def test_the_table_has_the_figures(run_dir: Path) -> None:
     ):
         assert expected in shown
     json.dumps(overview(run_dir), allow_nan=False)
+
+
+def append(path: Path, *rows: dict[str, Any]) -> None:
+    path.write_text(path.read_text() + "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_reset_counts_once_the_row_of_its_step_is_there(run_dir: Path) -> None:
+    reset = {"event": "reset", "step": 41, "number": 4, "weights_of_step": 41, "optimizer": "clear", "time": 2000.0}
+    append(run_dir / "lineage.jsonl", reset)
+    assert "resets      3, the last 10 steps ago" in render(overview(run_dir))
+    append(run_dir / "metrics.jsonl", row(41))
+    shown = render(overview(run_dir))
+    assert "step        41 of 100" in shown and "resets      4, the last 0 steps ago" in shown
+
+
+@pytest.mark.parametrize("lasting", [True, False])
+def test_the_best_is_of_no_step_that_a_rollback_left_behind(run_dir: Path, lasting: bool) -> None:
+    rollback = {"event": "rollback", "step": 22, "last_good_step": 12, "to_step": 10, "draws_skipped": 3}
+    if lasting:  # a branch has it from its checkpoint alone
+        state = checkpoint_folder(run_dir, 40) / "state.json"
+        content = json.loads(state.read_text())
+        content["progress"]["events"].append(rollback)
+        shutil.rmtree(state.parent)
+        make_folder(state.parent, b"weights 40", json.dumps(content).encode())
+    else:
+        append(run_dir / "lineage.jsonl", rollback | {"trigger": "guards.kl", "reason": "high", "time": 2000.0})
+    assert "held-out    0.300 first, 0.300 last, 0.400 best at step 10" in render(overview(run_dir))
+    append(run_dir / "lineage.jsonl", rollback | {"step": 45, "last_good_step": 5, "time": 2001.0, "trigger": "x"})
+    assert overview(run_dir)["held_out"]["best_step"] == 10, "its step died with the process"
 
 
 def test_a_run_without_a_row_or_checkpoint_has_a_status(tmp_path: Path) -> None:
