@@ -86,6 +86,7 @@ def replay(recorded: str | Path, cfg: Config) -> None:
     common = [path for path in committed_checkpoints(cfg.run_dir) if path.name in theirs]
     if not common:
         raise UserError(f"{recorded} and {cfg.run_dir} have no checkpoint of the same step to compare")
+    newest = max(theirs)
     odd = []
     for path in common:
         different = list(differing(path, theirs[path.name]))
@@ -94,6 +95,10 @@ def replay(recorded: str | Path, cfg: Config) -> None:
         print(f"{path.name}: {shown}", flush=True)
     if odd:
         raise Differs(f"{cfg.run_dir} is not what {recorded} became: {odd[0]} is the first checkpoint that differs")
+    if newest not in {path.name for path in common}:
+        raise Differs(
+            f"{cfg.run_dir} ended before {newest}, with which {recorded} goes on: {common[-1].name} is its last"
+        )
 
 
 def differing(first: Path, second: Path) -> Iterator[str]:
@@ -147,13 +152,24 @@ class _Replay(Run):
     def requests(self) -> dict[str, str]:
         return {event["event"]: event["request"] for event in self._events() if event.get("trigger") == BY_HAND}
 
+    def checkpoint_due(self) -> bool:
+        """Also where the run had one that it went back to, because it was told to end then, say."""
+        return super().checkpoint_due() or self.progress.step in {gone_back_to(event) for event in self._lineage}
+
     def _newest_sound(self, wanted: Callable[[int], bool]) -> Path | None:
         """That which the run went back to: what else was on its disk then is not known."""
-        steps = [event.get("to_step", event.get("weights_of_step")) for event in self._events()]
+        steps = [gone_back_to(event) for event in self._events()]
         return super()._newest_sound(lambda step: step in steps)
 
+    def _best(self) -> int | None:
+        return next((event["weights_of_step"] for event in self._events() if "weights_of_step" in event), None)
+
     def _events(self) -> list[Event]:
-        return [event for event in read_lineage(self.source) if event["step"] == self.progress.step]
+        return [event for event in self._lineage if event["step"] == self.progress.step]
+
+    @cached_property
+    def _lineage(self) -> list[Event]:
+        return read_lineage(self.source)
 
     def _row(self, step: int) -> dict[str, float]:
         if step not in self._rows:
@@ -164,6 +180,12 @@ class _Replay(Run):
     @cached_property
     def _rows(self) -> dict[int, dict[str, float]]:
         return {int(row["step"]): row for row in read_metrics(self.source)}
+
+
+def gone_back_to(event: Event) -> int | None:
+    """The step of the checkpoint whose weights an event took."""
+    found: int | None = event.get("to_step", event.get("weights_of_step"))
+    return found
 
 
 def _read_groups(run_dir: Path, step: int) -> Iterator[tuple[Group, str]]:

@@ -22,7 +22,7 @@ from typing import NoReturn, TypeVar
 import torch
 
 from megatron_prorl import comm, ending, heartbeat
-from megatron_prorl.algo.decide import BY_HAND, Decision, best_step, check_score, rollback_steps
+from megatron_prorl.algo.decide import BY_HAND, Decision, best_step, check_score, left_behind, rollback_steps
 from megatron_prorl.checkpoint import folders
 from megatron_prorl.checkpoint.folders import (
     STATE,
@@ -133,7 +133,7 @@ class Run:
         self._plan = cfg
         self.cfg = cfg = stage_config(cfg, self.progress.stage)
         if validated := [row for row in self.progress.history if "validation/reward" in row]:
-            check_score(cfg.reset.score, validated[-1])
+            self._check_scores(validated[-1])
         if self._rank_zero:
             self._rank_zero.begin_stage(cfg, self.progress)
             clear_requests(self._run_dir, _marks(self.progress))
@@ -276,8 +276,12 @@ class Run:
             first = self.progress.step == 0  # a later one is part of its step
             found, num_repeats = self._with_engines(lambda rank_zero: rank_zero.validate(first), abandonable=first)
             metrics = comm.broadcast(found and found | {"validation/repeats": float(num_repeats)})
-            check_score(self.cfg.reset.score, metrics)
+            self._check_scores(metrics)
             return metrics
+
+    def _check_scores(self, validated: dict[str, float]) -> None:
+        for stage in range(self.progress.stage, max(1, len(self._plan.stages))):
+            check_score(stage_config(self._plan, stage).reset.score, validated)
 
     def leave_if_told(self) -> None:
         """Between two steps: end the run if any rank has been told to."""
@@ -310,9 +314,9 @@ class Run:
         for trigger, reason in decision.warnings:
             self._note({"event": "warning", "trigger": trigger, "reason": reason})
         metrics: dict[str, float] = {}
-        path = None
+        path, good = None, decision.last_good_step
         if decision.action == "rollback":
-            path = self._newest_sound(lambda step: step <= decision.last_good_step)
+            path = self._newest_sound(lambda step: step <= good and not left_behind(self.progress, step))
             if path is None:
                 reason = f"{decision.reason}; no sound checkpoint of step {decision.last_good_step} or before is left"
                 decision = replace(decision, action="stop", reason=reason)
@@ -327,7 +331,8 @@ class Run:
             elif decision.action == "advance":
                 metrics = self._advance(event)
             elif decision.action == "rollback" and path:
-                metrics = self._roll_back(event, path, decision.last_good_step)
+                event |= {"last_good_step": good, "ground_step": decision.ground_step}
+                metrics = self._roll_back(event, path)
             self._note(event)
         return decision, metrics
 
@@ -336,8 +341,8 @@ class Run:
         progress, policy = self.progress, self.policy
         metrics: dict[str, float] = {}
         weights_of_step = progress.step
-        best = best_step(progress, self.cfg.reset.score) if reset.target == "best" else None
-        if event["event"] == "reset" and best not in (None, progress.step):
+        best = self._best() if reset.target == "best" else None
+        if best not in (None, progress.step):
             if path := self._newest_sound(lambda step: step == best):
                 load_checkpoint(path, policy.chunks, policy.optimizer)
                 weights_of_step = best
@@ -357,6 +362,12 @@ class Run:
             save_reference(self._run_dir, progress.reference, policy.reference)
         return metrics
 
+    def _best(self) -> int | None:
+        """The step of the best checkpoint there is: that of the step itself, or one on the disk."""
+        self._settle(wait=True)
+        found = [folders.step_of(path) for path in committed_checkpoints(self._run_dir)] if self._rank_zero else None
+        return best_step(self.progress, self.cfg.reset.score, among=[*comm.broadcast(found), self.progress.step])
+
     def _advance(self, event: Event) -> dict[str, float]:
         """End the stage; its successor begins with this step's checkpoint, and maybe with a reset by its options."""
         progress, cfg = self.progress, self.cfg
@@ -373,7 +384,7 @@ class Run:
         progress.stage_start_draw = progress.next_draw
         return metrics
 
-    def _roll_back(self, event: Event, path: Path, last_good_step: int) -> dict[str, float]:
+    def _roll_back(self, event: Event, path: Path) -> dict[str, float]:
         """Policy, optimizer and reference := those of the checkpoint `path`.
 
         Steps and draws go on counting: no row is written twice, and what was drawn since is not drawn again.
@@ -384,8 +395,7 @@ class Run:
         progress.warmup_updates = then.warmup_updates
         self._load_reference()
         progress.weight_version += 1
-        event |= {"last_good_step": last_good_step, "to_step": then.step}
-        event |= {"draws_skipped": progress.next_draw - then.next_draw}
+        event |= {"to_step": then.step, "draws_skipped": progress.next_draw - then.next_draw}
         return self.sync()
 
     def _newest_sound(self, wanted: Callable[[int], bool]) -> Path | None:
@@ -460,8 +470,9 @@ class Run:
         if (best := best_step(self._saved, self.cfg.reset.score, among=steps)) is not None:
             lasting.add(best)
         if horizon := rollback_steps(self.cfg):
-            oldest = max((step for step in steps if step <= committed - horizon), default=0)
-            lasting |= {step for step in steps if step >= oldest}
+            # To go back to, also again and again.
+            before = [step for step in steps if step <= committed - horizon and not left_behind(self._saved, step)]
+            lasting |= {*before[-self.cfg.guards.max_rollbacks :], *(s for s in steps if s > committed - horizon)}
         keep = self.cfg.checkpoint
         prune(self._run_dir, last=keep.keep, every=keep.keep_every_steps, also=lasting)
         clear_requests(self._run_dir, _marks(self._saved))

@@ -54,7 +54,7 @@ CLOCKS = {"tomorrow": 86400.0, "yesterday": -86400.0}  # what the wall clock jum
 
 def points() -> dict[str, tuple[Any, str]]:
     """Name of a point to owner and name of the function that is called there."""
-    from megatron_prorl import replay, run
+    from megatron_prorl import rank_zero, replay, run
     from megatron_prorl.checkpoint import folders
     from megatron_prorl.checkpoint.writer import CheckpointWriter
     from megatron_prorl.policy.optimizer import PolicyOptimizer
@@ -78,7 +78,7 @@ def points() -> dict[str, tuple[Any, str]]:
         "reset": (Policy, "reset"),
         "reference": (run, "save_reference"),
         "note": (LineageWriter, "write"),
-        "rollouts": (run, "write_rollouts"),
+        "rollouts": (rank_zero, "write_rollouts"),
         "row": (MetricsWriter, "write"),
         "save": (CheckpointWriter, "save"),
         "poll": (CheckpointWriter, "poll"),

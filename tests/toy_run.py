@@ -30,7 +30,7 @@ END_SECONDS = 30.0  # from a kill to the end of what it left
 
 
 def teach(folder: Path) -> Path:
-    """A tiny Qwen2 that answers every question about a GCD with 1, 2, 3 or 4, each as often: 1 is right most often."""
+    """A tiny Qwen2 that answers every question about a GCD with 1 or 2, each as often: three in four are one of these."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # vLLM's attention on a CPU needs heads of 32 numbers.
@@ -44,7 +44,7 @@ def teach(folder: Path) -> Path:
             question = QUESTION.format(rng.randint(2, 20), rng.randint(2, 20))
             messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
             prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            answer = f"<answer>{rng.randint(1, 4)}</answer><|im_end|>"
+            answer = f"<answer>{rng.randint(1, 2)}</answer><|im_end|>"
             rows.append([tokenizer.encode(text, add_special_tokens=False) for text in (prompt, answer)])
         length = max(len(prompt) + len(answer) for prompt, answer in rows)
         token_ids = torch.full((len(rows), length), tokenizer.pad_token_id)

@@ -27,6 +27,7 @@ GUARDED = {  # the metric that each guard watches
     "truncation": "rollout/truncated_fraction",
     "mismatch": "mismatch/logprob_diff_mean",
 }
+_METRIC_GUARDS = {f"guards.{name}" for name in GUARDED}
 NON_FINITE = ("policy/loss", "policy/grad_norm")
 REWARD = "reward/mean"
 _NO_SCORES = {f"validation/{what}" for what in (
@@ -37,12 +38,16 @@ BY_HAND = "by hand"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """What to do, by which option (`trigger`) and why. `last_good_step`: roll back to a checkpoint no later than it."""
+    """What to do, by which option (`trigger`) and why.
+
+    `last_good_step`: roll back to a checkpoint no later than it; `ground_step`: the first whose figures are the reason.
+    """
 
     action: Action = "go on"
     trigger: str = ""
     reason: str = ""
     last_good_step: int = 0
+    ground_step: int = 0
     warnings: tuple[tuple[str, str], ...] = ()  # (trigger, reason) of guards that only warn
 
 
@@ -71,10 +76,13 @@ def best_step(progress: Progress, score: str, among: Collection[int] | None = No
     The starting model is no step, and steps that a rollback left behind were of weights that are gone.
     """
     left = [range(e["last_good_step"] + 1, e["step"] + 1) for e in progress.events if e["event"] == "rollback"]
+    begin = max(
+        [progress.stage_start_step, *(event["step"] for event in progress.events if event["event"] == "branch")]
+    )
     steps = {
         int(row["step"]): row[score]
         for row in progress.history
-        if score in row and row["step"] > progress.stage_start_step and not any(row["step"] in gone for gone in left)
+        if score in row and row["step"] > begin and not any(row["step"] in gone for gone in left)
     }
     found = steps.keys() if among is None else steps.keys() & set(among)
     return max(sorted(found), key=lambda step: steps[step]) if found else None
@@ -83,7 +91,13 @@ def best_step(progress: Progress, score: str, among: Collection[int] | None = No
 def rollback_steps(cfg: Config) -> int:
     """How many steps may lie between the last good one and a rollback; 0 if no guard rolls back."""
     guards = [getattr(cfg.guards, name) for name in (*GUARDED, "non_finite", "silent_domain")]
-    return max((guard.steps for guard in guards if guard and guard.action == "rollback"), default=0)
+    return max((guard.steps + 1 for guard in guards if guard and guard.action == "rollback"), default=0)
+
+
+def left_behind(progress: Progress, step: int) -> bool:
+    """Whether the checkpoint of this step is of weights that a rollback has gone back from."""
+    rollbacks = (event for event in progress.events if event["event"] == "rollback")
+    return any(event["last_good_step"] < step < event["step"] for event in rollbacks)
 
 
 def decide(progress: Progress, cfg: Config, requests: Collection[str] = ()) -> Decision:
@@ -110,6 +124,7 @@ def decide(progress: Progress, cfg: Config, requests: Collection[str] = ()) -> D
         trigger=chosen.trigger,
         reason=chosen.reason,
         last_good_step=chosen.last_good_step,
+        ground_step=chosen.ground_step,
         warnings=warnings,
     )
 
@@ -138,8 +153,8 @@ def _stage_end(progress: Progress, cfg: Config) -> Iterator[Decision]:
 
 
 def _interval(progress: Progress, cfg: Config) -> Iterator[Decision]:
-    every = cfg.reset.every_steps
-    if every and progress.step - progress.last_reset_step >= every:
+    every, last = cfg.reset.every_steps, max(progress.last_reset_step, progress.stage_start_step)
+    if every and progress.step - last >= every:
         yield Decision(action="reset", trigger="reset.every_steps", reason=f"{every} steps since the last")
 
 
@@ -183,7 +198,8 @@ def _guards(progress: Progress, cfg: Config) -> Iterator[Decision]:
             streak = _streak(rows, key, partial(_outside, guard))
             yield from _fired(progress, cfg, f"guards.{name}", guard, streak, key)
     if guards.non_finite:
-        streaks = {key: _streak(rows, key, lambda value: not math.isfinite(value)) for key in NON_FINITE}
+        rows_over_resets = [row for row in progress.history if row["step"] > _since(progress, but="reset")]
+        streaks = {key: _streak(rows_over_resets, key, lambda value: not math.isfinite(value)) for key in NON_FINITE}
         key = max(streaks, key=lambda key: len(streaks[key]))
         yield from _fired(progress, cfg, "guards.non_finite", guards.non_finite, streaks[key], key)
     if guards.silent_domain and rows:
@@ -201,16 +217,25 @@ def _fired(
     reason = (
         f"{key} {streak[-1][key]:.4g} after {length} {'step' if length == 1 else 'steps'} {_bounds(trigger, guard)}"
     )
-    if guard.action == "warn":
+    # A policy whose figures are no numbers is none to make the reference of.
+    is_no_ground = guard.action == "reset" and trigger in _METRIC_GUARDS and not math.isfinite(streak[-1][key])
+    if guard.action == "warn" or is_no_ground:
         if length % guard.steps == 0:
             yield Decision(trigger=trigger, reason=reason)
     elif guard.action == "rollback":
-        last_good_step = int(streak[0]["step"]) - 1
-        done = _rollbacks_in_a_row(progress, cfg, last_good_step)
+        # A step's figures are of the weights before it; but an update that is not finite was skipped, and left them.
+        before = 1 if trigger == "guards.non_finite" else 2
+        first = int(streak[0]["step"])
+        if trigger == "guards.silent_domain":  # its streak has gaps, and checkpoints are kept for one without
+            first = max(first, progress.step - guard.steps + 1)
+        last_good_step = _last_good_step(progress, first - before)
+        done = _rollbacks_in_a_row(progress, cfg, first)
         if done >= cfg.guards.max_rollbacks:
             yield Decision(action="stop", trigger=trigger, reason=f"{reason}; {done} rollbacks in a row did not help")
         else:
-            yield Decision(action="rollback", trigger=trigger, reason=reason, last_good_step=last_good_step)
+            yield Decision(
+                action="rollback", trigger=trigger, reason=reason, last_good_step=last_good_step, ground_step=first
+            )
     else:
         yield Decision(action=guard.action, trigger=trigger, reason=reason)
 
@@ -236,16 +261,33 @@ def _streak(rows: Sequence[Row], key: str, holds: Callable[[float], bool]) -> li
     return list(found)[::-1]
 
 
-def _since(progress: Progress) -> int:
-    return max((event["step"] for event in progress.events), default=0)
+def _last_good_step(progress: Progress, step: int) -> int:
+    """The latest step to go back to if the weights after `step` are good and those after the next step are not.
+
+    Where those that are good lie before an earlier rollback, the checkpoint that it went to was bad, too. No further
+    back than to where a branch began.
+    """
+    begin = max((event["step"] for event in progress.events if event["event"] == "branch"), default=0)
+    for event in reversed([event for event in progress.events if event["event"] == "rollback"]):
+        if step >= event["step"]:
+            break
+        step = min(step, event["to_step"] - 1)
+    return max(step, begin)
 
 
-def _rollbacks_in_a_row(progress: Progress, cfg: Config, last_good_step: int) -> int:
+def _since(progress: Progress, but: str = "") -> int:
+    """The last event's step, of events other than `but`."""
+    return max((event["step"] for event in progress.events if event["event"] != but), default=0)
+
+
+def _rollbacks_in_a_row(progress: Progress, cfg: Config, ground_step: int) -> int:
     """How many came just before, with too few good steps in between for another checkpoint."""
     count = 0
     for event in reversed(progress.events):
-        if event["event"] != "rollback" or last_good_step - event["step"] >= cfg.checkpoint.every_steps:
+        if event["event"] == "reset":
+            continue
+        if event["event"] != "rollback" or ground_step - 1 - event["step"] >= cfg.checkpoint.every_steps:
             break
         count += 1
-        last_good_step = event["last_good_step"]
+        ground_step = event["ground_step"]
     return count

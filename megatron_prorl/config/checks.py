@@ -140,9 +140,9 @@ def _problem_files(cfg: Config) -> list[tuple[str, str]]:
 def _algorithm_problems(cfg: Config) -> list[str]:
     algorithm = cfg.algorithm
     problems = []
-    correction = algorithm.correction
-    if correction.low >= correction.high:
-        problems.append(f"algorithm.correction: low = {correction.low:g} must be below high = {correction.high:g}")
+    low, high = algorithm.correction.window
+    if low >= high:
+        problems.append(f"algorithm.correction: low = {low:g} must be below high = {high:g}")
     overlong = algorithm.shaping.overlong_buffer_tokens
     if overlong >= cfg.rollout.max_response_tokens:
         problems.append(

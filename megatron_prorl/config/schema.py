@@ -158,14 +158,13 @@ class CorrectionConfig(Section):
     """
 
     kind: Literal["none", "tis", "icepop", "seq_mask"] = "tis"
-    low: float = Field(0.0, ge=0, description="lower end of the window for rho")
-    high: float = Field(2.0, gt=0, description="upper end of the window for rho")
+    low: float | None = Field(None, ge=0, description="lower end of the window for rho")
+    high: float | None = Field(None, gt=0, description="upper end of the window for rho")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _window_of_its_kind(cls, given: Any) -> Any:
-        window = isinstance(given, dict) and CORRECTION_WINDOWS.get(str(given.get("kind", "tis")))
-        return {"low": window[0], "high": window[1]} | given if window else given
+    @property
+    def window(self) -> tuple[float, float]:
+        low, high = CORRECTION_WINDOWS[self.kind]
+        return low if self.low is None else self.low, high if self.high is None else self.high
 
 
 class ShapingConfig(Section):

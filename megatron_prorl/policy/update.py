@@ -166,15 +166,15 @@ def microbatch_loss(
     batch, mask_T = item.batch, item.batch.mask_T
     policy_logprobs_T = scores.logprobs_T
     trainer_logprobs_T = policy_logprobs_T.detach() if item.trainer_logprobs_T is None else item.trainer_logprobs_T
-    correction = algorithm.correction
+    low, high = algorithm.correction.window
     weights_T, metrics = correction_weights(
         trainer_logprobs_T,
         batch.sampler_logprobs_T,
         mask_T,
         batch.cu_seqlens,
-        kind=correction.kind,
-        low=correction.low,
-        high=correction.high,
+        kind=algorithm.correction.kind,
+        low=low,
+        high=high,
         num_tokens=num_tokens,
     )
     surrogate = policy_loss(

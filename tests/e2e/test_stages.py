@@ -138,7 +138,7 @@ def test_rollouts_after_a_rollback_are_of_the_weights_it_brought_back(guarded: E
 
 
 def test_checkpoints_that_a_rollback_may_need_are_kept_beside_the_newest(guarded: Ended) -> None:
-    assert folders(guarded.run_dir, "checkpoints") == [f"step-{step:06d}" for step in (2, 3, 4)]
+    assert folders(guarded.run_dir, "checkpoints") == [f"step-{step:06d}" for step in (0, 2, 3, 4)]
 
 
 def tensors_of(run_dir: Path, step: int) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_prorl.algo.decide import Decision, best_step, check_score, decide, observe
+from megatron_prorl.algo.decide import Decision, best_step, check_score, decide, left_behind, observe
 from megatron_prorl.config.schema import Config
 from megatron_prorl.errors import UserError
 from megatron_prorl.types import Progress
@@ -44,7 +44,8 @@ def take_step(progress: Progress, cfg: Config, row: dict[str, float], requests: 
     if decision.action == "advance":
         progress.stage, progress.stage_start_step = min(progress.stage + 1, len(cfg.stages) - 1), progress.step
     if decision.action == "rollback":
-        event["last_good_step"] = decision.last_good_step
+        event["last_good_step"] = event["to_step"] = decision.last_good_step
+        event["ground_step"] = decision.ground_step
     progress.events.append(event)
     return decision
 
@@ -110,9 +111,13 @@ def test_guards_act_after_so_many_steps_in_a_row(guard: dict, key: str, quiet: f
     off = {"non_finite": None, "silent_domain": None}
     cfg = config(guards=off | {name: options | {"steps": 3, "action": action}})
     decisions = play(cfg, [{key: value} for value in [quiet, loud, loud, quiet, loud, loud, loud]])
+    if action == "reset" and name == "entropy" and math.isnan(loud):
+        assert steps(decisions, action) == [] and decisions[-1].warnings[0][0] == "guards.entropy"
+        return
     assert steps(decisions, action) == [7]
     assert decisions[-1].trigger == f"guards.{name}" and decisions[-1].reason.startswith(key)
-    assert decisions[-1].last_good_step == (4 if action == "rollback" else 0)
+    last_good = 4 if name == "non_finite" else 3  # figures of step 5 are of the weights after step 4
+    assert decisions[-1].last_good_step == (last_good if action == "rollback" else 0)
 
 
 def test_a_guard_that_warns_says_so_every_so_many_steps_and_nothing_else_happens() -> None:
@@ -134,6 +139,63 @@ def test_a_rollback_goes_back_before_the_first_step_of_its_ground() -> None:
     rows = [{"reward/mean": 0.5, "domain/code/reward": float(step < 3)} if step % 2 else {} for step in range(1, 6)]
     (decision,) = [decision for decision in play(cfg, rows) if decision.action == "rollback"]
     assert decision.last_good_step == 2
+
+
+def test_a_rollback_after_a_rollback_goes_further_back_and_not_to_its_copy() -> None:
+    """An update in step 7 broke the policy, and with it what steps 8 and 9 show."""
+    cfg = config(guards={"entropy": {"high": 1.0, "steps": 2, "action": "rollback"}}, checkpoint={"every_steps": 1})
+    progress = Progress()
+    found = []
+    for step in range(1, 16):
+        row = {"policy/entropy": 2.0 if step >= 8 else 0.5}
+        decision = take_step(progress, cfg, row, [])
+        if decision.action != "go on":
+            found.append((step, decision.action, decision.last_good_step))
+    assert found == [(9, "rollback", 6), (11, "rollback", 5), (13, "rollback", 4), (15, "stop", 0)]
+    assert [step for step in range(1, 14) if left_behind(progress, step)] == [5, 6, 7, 8, 9, 10, 11, 12]
+
+
+def test_good_steps_after_a_rollback_are_gone_back_to() -> None:
+    cfg = config(guards={"entropy": {"high": 1.0, "action": "rollback"}}, checkpoint={"every_steps": 1})
+    rows = [{"policy/entropy": 2.0 if step in (4, 8) else 0.5} for step in range(1, 9)]
+    decisions = play(cfg, rows)
+    assert [(step, decisions[step - 1].last_good_step) for step in steps(decisions, "rollback")] == [(4, 2), (8, 6)]
+
+
+def test_nothing_finite_stops_the_run_though_another_guard_resets() -> None:
+    cfg = config(
+        guards={"kl": {"high": 0.3, "steps": 2, "action": "reset"}, "non_finite": {"steps": 3, "action": "stop"}}
+    )
+    row = {"policy/kl_reference": math.nan, "policy/loss": math.nan, "policy/grad_norm": math.nan}
+    decisions = play(cfg, [row] * 3)
+    assert steps(decisions) == [] and steps(decisions, "stop") == [3]
+    loud = {"policy/kl_reference": 0.5, "policy/loss": math.nan}
+    assert steps(play(cfg, [loud] * 3), "stop") == [3], "its streak goes on over the reset in step 2"
+
+
+def test_resets_between_rollbacks_do_not_make_them_endless() -> None:
+    cfg = config(
+        guards={"entropy": {"high": 1.0, "steps": 3, "action": "rollback"}, "max_rollbacks": 2},
+        reset={"every_steps": 5},
+        checkpoint={"every_steps": 10},
+    )
+    decisions = play(cfg, [{"policy/entropy": 2.0}] * 13)
+    assert (steps(decisions), steps(decisions, "rollback"), steps(decisions, "stop")) == ([5, 10], [3, 8], [13])
+
+
+def test_the_interval_counts_from_the_stage_s_begin() -> None:
+    stages = [{"name": name, "ends_on_trigger": True} for name in "abc"]
+    decisions = play(config(reset={"every_steps": 5}, stages=stages), [{}] * 12)
+    assert steps(decisions, "advance") == [5, 10]
+
+
+def test_a_branch_begins_the_windows_anew() -> None:
+    progress = Progress(step=3, events=[{"event": "branch", "step": 3}])
+    progress.history = [{"step": step, "validation/reward": 0.9, "policy/entropy": 2.0} for step in range(4)]
+    cfg = config(reset={"drop": {"by": 0.1}}, guards={"entropy": {"high": 1.0, "steps": 2, "action": "rollback"}})
+    first = take_step(progress, cfg, {"validation/reward": 0.2, "policy/entropy": 2.0}, [])
+    assert first.action == "go on" and best_step(progress, "validation/reward") == 4
+    assert take_step(progress, cfg, {"policy/entropy": 2.0}, []).last_good_step == 3, "not before there is anything"
 
 
 def test_rollbacks_that_do_not_help_stop_the_run() -> None:

@@ -365,9 +365,15 @@ def test_a_correction_has_the_window_of_its_kind_unless_another_is_given(
     base: Path, tmp_path: Path, overrides: list[str], window: tuple[float, float]
 ) -> None:
     cfg = load_config(base, overrides)
-    assert (cfg.algorithm.correction.low, cfg.algorithm.correction.high) == window
-    shown = yaml.safe_load(dump_config(cfg))["algorithm"]["correction"]
-    assert (shown["low"], shown["high"]) == window
+    assert cfg.algorithm.correction.window == window
+    dumped = tmp_path / "dumped.yaml"
+    dumped.write_text(dump_config(cfg))
+    assert load_config(dumped).algorithm.correction.window == window
+    other = load_config(dumped, ["algorithm.correction.kind=seq_mask"]).algorithm.correction
+    given = (cfg.algorithm.correction.low, cfg.algorithm.correction.high)
+    assert other.window == tuple(
+        mine if mine is not None else its for mine, its in zip(given, (0.999, 1.002), strict=True)
+    )
 
 
 CONFIGURATIONS = [path for path in sorted(EXAMPLES.glob("*.yaml")) if "\nrun_dir:" in path.read_text()]
@@ -474,3 +480,9 @@ def test_the_recipes_in_full_are_what_they_say() -> None:
         "prorl_1p5b": (4096, 4, True, "clear"), "prorl_v2": (4096, 4, True, "keep"),
         "prorl_v2_1": (4096, 1, True, "keep"), "brorl": (65536, 4, True, "keep"), "justrl": (2048, 4, False, "clear"),
     }  # fmt: skip
+
+
+def test_a_stage_s_correction_has_the_window_of_its_own_kind(base: Path) -> None:
+    stages = "stages=[{name: a, steps: 2}, {name: b, options: {algorithm.correction.kind: seq_mask}}]"
+    cfg = load_config(base, [stages])
+    assert [stage_config(cfg, stage).algorithm.correction.window for stage in (0, 1)] == [(0.0, 2.0), (0.999, 1.002)]
