@@ -30,7 +30,7 @@ END_SECONDS = 30.0  # from a kill to the end of what it left
 
 
 def teach(folder: Path) -> Path:
-    """A tiny Qwen2 that answers every question about a GCD with 1 or 2, each as often: three in four are one of these."""
+    """A tiny Qwen2 that answers every question about a GCD with 1 or 2, each as often: mostly one of them is right."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # vLLM's attention on a CPU needs heads of 32 numbers.
