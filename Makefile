@@ -16,8 +16,8 @@ endif
 	$(PY) examples/quickstart.py seed=$(SEED)
 
 test: $(ENV)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 tests/unit tests/e2e/test_drills.py
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests/multiprocess tests/e2e --ignore=tests/e2e/test_drills.py
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --durations=10 tests/unit
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --durations=25 tests/multiprocess tests/e2e
 
 lint: $(ENV)
 	$(PY) -m ruff check .

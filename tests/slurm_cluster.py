@@ -22,6 +22,7 @@ SLURM_CONF = """\
 ClusterName=lab
 SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort={controller_port}
+FirstJobId={controller_port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
