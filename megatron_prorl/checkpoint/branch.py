@@ -161,8 +161,11 @@ def delete(run_dir: str | Path) -> str:
 
 
 def _is(event: Event, run_dir: Path) -> bool:
-    """Whether the folder is that of the branch."""
-    return branch_event(run_dir).get("id") == event["id"]
+    """Whether the folder is that of the branch; one that cannot be looked into is not."""
+    try:
+        return bool(branch_event(run_dir).get("id") == event["id"])
+    except OSError:  # a network file system that is gone
+        return False
 
 
 def _temporary(run_dir: Path) -> Path:

@@ -323,6 +323,14 @@ def test_a_run_goes_once_its_record_of_a_lost_branch_is_removed(parent: Path) ->
     delete(parent)
 
 
+def test_a_run_stays_while_a_branch_cannot_be_looked_into(parent: Path) -> None:
+    child = make_branch(parent)
+    (record,) = (parent / "branches").iterdir()
+    record.write_text(record.read_text().replace(str(child), f"/{'x' * 300}"))  # the system refuses so long a name
+    with pytest.raises(UserError, match="which is not there now"):
+        delete(parent)
+
+
 def test_a_branch_that_was_killed_in_the_making_or_the_deletion_keeps_no_run(parent: Path) -> None:
     child = make_branch(parent)
     child.rename(child.with_name(".tmp-child"))
