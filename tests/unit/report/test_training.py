@@ -115,6 +115,7 @@ def test_resets_stages_and_rollbacks_are_marked(run: Path) -> None:
         "event": "rollback",
         "step": 35,
         "to_step": 30,
+        "last_good_step": 30,
         "draws_skipped": 4,
         "trigger": "guards.kl",
         "reason": "high",
