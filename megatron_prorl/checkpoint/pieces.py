@@ -10,6 +10,7 @@ import io
 import itertools
 import os
 import pickle
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,9 +23,12 @@ from typing import Any
 import torch
 from torch.serialization import get_crc32_options, set_crc32_options, skip_data
 
+from megatron_prorl.checkpoint.spans import Writeback
 from megatron_prorl.checkpoint.threads import Stopped, equal_parts, in_threads
 
 NUM_FILES = 2  # written at a time: one thread computes while the other waits for the disk
+
+SWITCH_SECONDS = 0.0005  # or the import beside them, which is all Python, holds the writers up for 5 ms a call
 
 Index = tuple[int, ...]
 
@@ -80,10 +84,13 @@ def write_pieces(folder: Path, pieces: Sequence[Piece], blobs: Sequence[Blob] = 
     ]
     computes_crc32 = get_crc32_options()
     set_crc32_options(False)  # torch's, of each record; nothing reads it
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_SECONDS)
     try:
         *written, classes = in_threads([*work, _metadata_classes], stop)
     finally:
         set_crc32_options(computes_crc32)
+        sys.setswitchinterval(interval)
         for file in files:
             file.close()
     _write_metadata(folder / ".metadata", list(itertools.chain.from_iterable(written)), *classes)
@@ -138,6 +145,8 @@ class _File(io.FileIO):
         self.digest = 0
         self.skipped: Iterator[memoryview] | None = None
         self.failure: BaseException | None = None
+        self._writeback = Writeback(self.fileno())
+        self._end = 0
 
     def write(self, content: Any) -> int:
         """All of it, or OSError: one call of the kernel may write less, as on a disk that gets full."""
@@ -149,6 +158,8 @@ class _File(io.FileIO):
         except OSError as error:
             self.failure = error
             raise
+        self._end += len(content)
+        self._writeback.written(self._end)
         return len(content)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:

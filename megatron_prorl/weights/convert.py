@@ -14,6 +14,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -116,15 +117,23 @@ def megatron_to_hf(
     count, finite = _Count(total, on_progress), FiniteCheck(logger.warning)
     with appearing(out, total, overwrite) as temporary:
         copy_small_files(source, temporary, stored.dtype)
-        write_tensors(temporary, stored.specs, lambda spec: count.chunks(partial(stored.chunks, spec, finite.check)))
+        with ThreadPoolExecutor(1) as thread:
+            checked = thread.submit(stored.check_committed)
+            try:
+                write_tensors(
+                    temporary, stored.specs, lambda spec: count.chunks(partial(stored.chunks, spec, finite.check))
+                )
+            except UserError:
+                checked.result()  # which says more
+                raise
+            checked.result()
         stored.check_unchanged()
 
 
 class MegatronTensors:
     """The Hugging Face tensors of the model `hf` (as `read_hf_config` gives it) in the Megatron checkpoint `folder`.
 
-    In `dtype`, or as they are stored. Raises UserError unless the checkpoint holds exactly this model, and for files
-    that are not what was committed, where that is known.
+    In `dtype`, or as they are stored. Raises UserError unless the checkpoint holds exactly this model.
     """
 
     def __init__(self, folder: Path, hf: dict[str, Any], dtype: torch.dtype | None = None) -> None:
@@ -139,7 +148,6 @@ class MegatronTensors:
         left_over = sorted(key for key in tensors.keys() - used if not _NOT_WEIGHTS.match(key))
         if left_over:
             raise UserError(f"{folder}: {listing(left_over)} left over; is hf/config.json of this model?")
-        self._reader.check_committed(used)
         shapes = hf_shapes(hf)
         self._of_name = {name: parameter for parameter in self._stored for name in parameter.row.hf}
         self.specs = [
@@ -179,6 +187,10 @@ class MegatronTensors:
         values = self._full(parameter, spec.dtype)[number]
         check(spec.name, values)
         yield from tensor_chunks(values)
+
+    def check_committed(self) -> None:
+        """Raise UserError if a file with the model's tensors is not what was committed, where that is known."""
+        self._reader.check_committed({part.key for parameter in self._stored for part in parameter.parts})
 
     def check_unchanged(self) -> None:
         """Raise UserError if a file is another one by now."""

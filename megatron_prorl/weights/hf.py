@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_prorl.checkpoint.spans import Files, Span
+from megatron_prorl.checkpoint.spans import Files, Span, Writeback
 from megatron_prorl.checkpoint.threads import Stopped, equal_parts, in_threads
 from megatron_prorl.errors import UserError
 from megatron_prorl.weights.tables import EMBEDDING, HEAD, hf_shapes
@@ -257,13 +257,14 @@ def _write_places(
     for path, start, spec in places:
         descriptor = os.open(path, os.O_WRONLY)
         try:
-            end = start
+            end, writeback = start, Writeback(descriptor, start)
             for chunk in chunks(spec):
                 if stop.is_set():
                     raise Stopped
                 while chunk:  # one call may write less, as on a disk that gets full
                     count = os.pwrite(descriptor, chunk, end)
                     chunk, end = chunk[count:], end + count
+                writeback.written(end)
             assert end == start + spec.num_bytes, (spec, end - start)
         finally:
             os.close(descriptor)

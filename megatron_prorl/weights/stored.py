@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_prorl.checkpoint.pieces import Blob
-from megatron_prorl.config.hf import moe_layers
+from megatron_prorl.config.hf import moe_layers, padded_vocab_size
 from megatron_prorl.weights.tables import GateUp, ModelSizes, Row, VocabularyRows, row_groups
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
@@ -56,13 +56,21 @@ def stored_parameters(hf: dict[str, Any]) -> list[Parameter]:
     """Those of the model `hf` (as `read_hf_config` gives it), in the order of `row_groups`."""
     sizes, found = ModelSizes.of(hf), []
     for row in (row for group in row_groups(hf) for row in group if not row.copied):
-        shape = tuple(row.shard_shape(sizes, 1))
+        shape = _shape(row, sizes)
         key, lead, lengths = _place(row, hf)
         num_parts = 2 if isinstance(row.layout, GateUp) else 1  # Megatron stores the two halves apart
         rows = shape[0] // num_parts
         parts = tuple(Part(key, (*lengths, *shape), lead, i * rows, rows) for i in range(num_parts))
         found.append(Parameter(row, shape, parts))
     return found
+
+
+def _shape(row: Row, sizes: ModelSizes) -> Index:
+    """Of the whole parameter: as `shard_shape` says, which takes torch most of a second when it is first asked."""
+    shapes = list(row.shapes(sizes).values())
+    is_padded = isinstance(row.layout, VocabularyRows)
+    rows = padded_vocab_size(sizes.axes["V"], 1) if is_padded else sum(shape[0] for shape in shapes)
+    return rows, *shapes[0][1:]
 
 
 def extra_states(hf: dict[str, Any]) -> Iterator[Blob]:

@@ -79,6 +79,7 @@ def verify(
             f"{theirs.get(name)} here (None: is absent), and {len(odd) - 1} more tensors differ so"
         )
     stored = MegatronTensors(megatron_dir, hf)
+    stored.check_committed()
     different, digest = [], 0
     for name, values in stored.tensors():
         digest = checksum(torch.tensor([digest, checksum(values)]))
