@@ -76,9 +76,8 @@ def best_step(progress: Progress, score: str, among: Collection[int] | None = No
     The starting model is no step, and steps that a rollback left behind were of weights that are gone.
     """
     left = [range(e["last_good_step"] + 1, e["step"] + 1) for e in progress.events if e["event"] == "rollback"]
-    begin = max(
-        [progress.stage_start_step, *(event["step"] for event in progress.events if event["event"] == "branch")]
-    )
+    others = [event["step"] for event in progress.events if event["event"] == "branch" and not event["scores_compare"]]
+    begin = max([progress.stage_start_step, *others])
     steps = {
         int(row["step"]): row[score]
         for row in progress.history

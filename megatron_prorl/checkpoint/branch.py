@@ -103,6 +103,11 @@ def branch(run_dir: str | Path, cfg: Config, start: str = "") -> str:
     changed = {k: v for k, v in differences(before.model_dump(), cfg.model_dump()).items() if k != "run_dir"}
     event: Event = {"step": progress.step, "from": name, "changed": changed, "id": uuid.uuid4().hex[:12]}
     event["time"] = round(time.time(), 3)
+    same_problems = not any(
+        key == "seed" or (key.startswith("data.") and not key.endswith(".weight")) for key in changed
+    )  # or others may be held out, and scores do not compare
+    begin_anew: Event = {"event": "branch", "step": progress.step, "scores_compare": same_problems}
+    progress = replace(progress, events=[*progress.events, begin_anew])
 
     record = parent / BRANCHES / f"{event['id']}.json"
     unfinished = branch_event(_temporary(new_dir))  # of a process that was killed: `begin` removes it
@@ -126,7 +131,7 @@ def branch(run_dir: str | Path, cfg: Config, start: str = "") -> str:
     how = "linked" if linked else "copied"
     changes = describe_changes(event)
     told = f"{cfg.run_dir} begins at {name} (step {progress.step}) of {run_dir}, its files {how}: {changes}"
-    if any(key == "seed" or (key.startswith("data.") and not key.endswith(".weight")) for key in changed):
+    if not same_problems:
         told += "\nother problems may be held out than before: scores do not compare, and some may have been trained on"
     return told
 
@@ -219,7 +224,8 @@ def _carried_over(progress: Progress, before: Config, cfg: Config) -> Progress:
     mix, each task and source that was there goes on where it was.
     """
     old = _data_in(before, progress.stage)
-    names = [[stage.name for stage in config.stages[: progress.stage + 1]] for config in (before, cfg)]
+    num_begun = min(progress.stage + 1, len(before.stages))  # one may be added to a plan that is done
+    names = [[stage.name for stage in config.stages[:num_begun]] for config in (before, cfg)]
     if names[0] != names[1]:
         progress = replace(progress, stage=0, stage_start_step=progress.step)
     if (old, before.seed) == (_data_in(cfg, progress.stage), cfg.seed):

@@ -42,7 +42,7 @@ def stage_config(cfg: Config, stage: int) -> Config:
 def ended_by(cfg: Config, progress: Mapping[str, Any]) -> str:
     """Why nothing is left to train after a checkpoint with this progress; empty if something is."""
     if cfg.stages and progress.get("stage", 0) >= len(cfg.stages):
-        return f"all {len(cfg.stages)} stages are done; add one to go on"
+        return f"all {len(cfg.stages)} stages are done; add one in a branch to go on (prorl branch)"
     if progress["step"] >= cfg.steps:
         return f"step {progress['step']} of {cfg.steps} is done; raise steps to go on"
     return ""

@@ -190,12 +190,14 @@ def test_the_interval_counts_from_the_stage_s_begin() -> None:
 
 
 def test_a_branch_begins_the_windows_anew() -> None:
-    progress = Progress(step=3, events=[{"event": "branch", "step": 3}])
+    progress = Progress(step=3, events=[{"event": "branch", "step": 3, "scores_compare": False}])
     progress.history = [{"step": step, "validation/reward": 0.9, "policy/entropy": 2.0} for step in range(4)]
     cfg = config(reset={"drop": {"by": 0.1}}, guards={"entropy": {"high": 1.0, "steps": 2, "action": "rollback"}})
     first = take_step(progress, cfg, {"validation/reward": 0.2, "policy/entropy": 2.0}, [])
     assert first.action == "go on" and best_step(progress, "validation/reward") == 4
     assert take_step(progress, cfg, {"policy/entropy": 2.0}, []).last_good_step == 3, "not before there is anything"
+    progress.events[0]["scores_compare"] = True
+    assert best_step(progress, "validation/reward") == 1
 
 
 def test_rollbacks_that_do_not_help_stop_the_run() -> None:

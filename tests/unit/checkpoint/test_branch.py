@@ -16,7 +16,7 @@ from run_folder import make_folder, make_run
 
 from megatron_prorl.checkpoint import branch as module
 from megatron_prorl.checkpoint.branch import branch, branch_config, delete
-from megatron_prorl.checkpoint.folders import checkpoint_folder, is_committed, read_state, verify_digests
+from megatron_prorl.checkpoint.folders import checkpoint_folder, crc32, is_committed, read_state, verify_digests
 from megatron_prorl.checkpoint.lock import only_writer
 from megatron_prorl.config.load import load_config
 from megatron_prorl.data.order import Mixture
@@ -67,7 +67,10 @@ def test_a_branch_has_the_checkpoint_and_its_reference_and_no_other(
     assert os.listdir(child / "checkpoints") == [checkpoint.name] and os.listdir(child / "references") == [reference]
     for folder in (checkpoint, child / "references" / reference):
         assert is_committed(folder) and verify_digests(folder) == []
-        assert inodes(folder) == inodes(parent / folder.relative_to(child)), "hard links take no room"
+        ours, theirs = inodes(folder), inodes(parent / folder.relative_to(child))
+        own = {"state.json", "COMMITTED"} if folder == checkpoint else set()  # says that the branch begins here
+        assert ours.keys() == theirs.keys(), folder
+        assert {name for name in ours if ours[name] != theirs[name]} <= own, "hard links take no room"
     assert read_lineage(child)[0]["from"] == name
     assert [row["step"] for row in read_metrics(child)] == list(range(step + 1))
     assert {path: found for path, found in files(parent).items() if not path.startswith("branches")} == before
@@ -120,7 +123,9 @@ def test_a_branch_of_a_branch(parent: Path) -> None:
 
 def test_without_another_mix_the_draws_go_on_to_the_byte(parent: Path) -> None:
     child = make_branch(parent, "optimizer.learning_rate=1e-6", start="reset-1")
-    assert checkpoint_folder(child, 10).joinpath("state.json").samefile(checkpoint_folder(parent, 10) / "state.json")
+    ours, theirs = progress(child, 10), progress(parent, 10)
+    assert ours.pop("events") == [*theirs.pop("events"), {"event": "branch", "step": 10, "scores_compare": True}]
+    assert json.dumps(ours) == json.dumps(theirs)
 
 
 @pytest.mark.parametrize(
@@ -140,10 +145,12 @@ def test_in_another_mix_each_task_goes_on_where_it_was(
     after = progress(make_branch(parent, *overrides, start="step-30"), 30)
     assert after["source_counts"] == [0 if place is None else before[place] for place in counts]
     assert (after["stage_start_draw"], after["next_draw"]) == (120, 120)
-    unchanged = {"source_counts", "stage_start_draw", "stage_start_step"}
-    assert {k: v for k, v in after.items() if k not in unchanged} == {
-        k: v for k, v in progress(parent, 30).items() if k not in unchanged
+    changed = {"source_counts", "stage_start_draw", "stage_start_step", "events"}
+    assert {k: v for k, v in after.items() if k not in changed} == {
+        k: v for k, v in progress(parent, 30).items() if k not in changed
     }
+    same_problems = not any(override.startswith(("seed=", "data.tasks=")) for override in overrides)
+    assert after["events"][-1] == {"event": "branch", "step": 30, "scores_compare": same_problems}
 
 
 def test_other_problems_held_out_are_told(parent: Path) -> None:
@@ -162,6 +169,21 @@ def test_another_plan_begins_at_its_first_stage_and_the_same_goes_on(tmp_path: P
     assert (progress(same, 40)["stage"], progress(same, 40)["stage_start_step"]) == (0, 0)
     other = make_branch(parent, "stages.0.name=c", name="other")
     assert (progress(other, 40)["stage"], progress(other, 40)["stage_start_step"]) == (0, 40)
+
+
+def test_a_stage_is_added_to_a_plan_that_is_done(tmp_path: Path) -> None:
+    parent = make_run(tmp_path / "parent", stages=[{"name": "a", "steps": 20}, {"name": "b", "steps": 20}])
+    state = checkpoint_folder(parent, 40) / "state.json"
+    content = json.loads(state.read_text())
+    content["progress"] |= {"stage": 2, "stage_start_step": 40}
+    state.write_text(json.dumps(content))
+    listed = json.loads(state.with_name("COMMITTED").read_text())
+    listed["bytes"]["state.json"], listed["crc32"]["state.json"] = state.stat().st_size, crc32(state)
+    state.with_name("COMMITTED").write_text(json.dumps(listed))
+    stages = "stages=[{name: a, steps: 20}, {name: b, steps: 20}, {name: c, steps: 20}]"
+    child = checkpoint_folder(make_branch(parent, stages), 40)
+    found = read_state(child)["progress"]
+    assert (found["stage"], found["stage_start_step"]) == (2, 40)
 
 
 def test_a_branch_that_resets_to_the_best_has_that_checkpoint_too(parent: Path) -> None:
