@@ -179,6 +179,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     evaluate.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: CUDA if any")
     evaluate.add_argument("--force", action="store_true", help="compare models whose templates or dtypes differ")
 
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help(sys.stderr)
+        parser.exit(2)
     # argparse gives `overrides` up at the first option, so those after --dry-run come back as unknown.
     args, late = parser.parse_known_args(argv)
     takes_more = args.command in ("train", "launch", "data", "branch")

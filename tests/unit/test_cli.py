@@ -106,3 +106,9 @@ def test_version_and_help() -> None:
         2,
         "prorl train: error: unrecognized arguments: --quick",
     )
+
+
+def test_without_a_command_it_lists_them() -> None:
+    done = prorl()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert all(f"\n    {command} " in done.stderr for command in ("train", "convert", "report", "launch"))
