@@ -44,10 +44,7 @@ def launch_ranks(command: Sequence[str], *, num_ranks: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    os.environ[_LAUNCHER_PID] = str(os.getpid())
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_ranks)))
-    logging.disable()  # of this process alone: what failed is told below, once
-    with tempfile.TemporaryDirectory(prefix="prorl-ranks-") as folder:
+    with _as_launcher(num_ranks), tempfile.TemporaryDirectory(prefix="prorl-ranks-") as folder:
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -69,6 +66,23 @@ def launch_ranks(command: Sequence[str], *, num_ranks: int) -> int:
         except SignalException as error:
             return 128 + error.sigval
     return 0
+
+
+@contextmanager
+def _as_launcher(num_ranks: int) -> Iterator[None]:
+    """What the ranks are to inherit, and nobody else that this process starts: a rank of another launcher would end."""
+    before = {name: os.environ.get(name) for name in (_LAUNCHER_PID, "OMP_NUM_THREADS")}
+    os.environ[_LAUNCHER_PID] = str(os.getpid())
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_ranks)))
+    disabled = logging.root.manager.disable
+    logging.disable()  # of this process alone: what failed is told below, once
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            os.environ |= {} if value is None else {name: value}
 
 
 @contextmanager
