@@ -246,14 +246,9 @@ def _write(out: Path, grid: Grid, scores: Mapping[_Run, float]) -> str:
 
 def _draw(path: Path, grid: Grid, runs: Sequence[_Run]) -> None:
     """The score of every arm over the steps: mean of its seeds, and a band from the lowest to the highest."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from megatron_prorl.tracking.plots import COLOURS, dress, new_figure
 
-    from megatron_prorl.tracking.plots import COLOURS, dress
-
-    figure = Figure(figsize=(7.2, 4.4), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
-    FigureCanvasAgg(figure)
+    figure = new_figure(7.2, 4.4)
     axes = figure.subplots()
     for arm, colour in zip(grid.arms, cycle(COLOURS), strict=False):
         by_step: dict[float, list[float]] = {}

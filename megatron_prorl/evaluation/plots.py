@@ -8,7 +8,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from megatron_prorl.tracking.plots import COLOURS, dress
+from megatron_prorl.tracking.plots import COLOURS, dress, new_figure
 
 MARKERS = "osD^vP"  # beside the colour, for print without any
 
@@ -19,14 +19,7 @@ def pass_at_k_curves(results: Mapping[str, Any], out: str | Path) -> Path:
     `out` ends in .png or .svg, and its metadata say what was evaluated. k is on a logarithmic axis, with a tick at
     every power of 2 that was estimated.
     """
-    from matplotlib.backends.backend_agg import (
-        FigureCanvasAgg,
-    )  # draws without a display and without pyplot's global state
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    figure = Figure(figsize=(6.4, 4.2), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
-    FigureCanvasAgg(figure)
+    figure = new_figure(6.4, 4.2)
     axes = figure.subplots()
     ks = results["k"]
     for (name, model), colour, marker in zip(results["models"].items(), cycle(COLOURS), cycle(MARKERS)):

@@ -13,6 +13,7 @@ from megatron_prorl.tracking.metrics import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLOURS = (
     "#0072B2",
@@ -27,17 +28,23 @@ GREY = "#595959"
 Rows = list[dict[str, float]]
 
 
+def new_figure(width: float, height: float) -> Figure:
+    """An empty one, sizes in inches, that draws without a display and without pyplot's global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    figure = Figure(figsize=(width, height), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
+    FigureCanvasAgg(figure)
+    return figure
+
+
 def curves(run_dirs: str | Path | Sequence[str | Path], out: str | Path, labels: Sequence[str] | None = None) -> Path:
     """Draw reward, entropy, KL to the reference and response length over the steps of one run, or of several at once.
 
     `out` ends in .png or .svg. Dashed vertical lines are resets, whole ones stages, counted from 1. A metric that a run
     did not log leaves its panel without that curve. Raises UserError if a run has no metrics.
     """
-    from matplotlib.backends.backend_agg import (
-        FigureCanvasAgg,
-    )  # draws without a display and without pyplot's global state
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import MaxNLocator
 
     folders = [run_dirs] if isinstance(run_dirs, str | Path) else list(run_dirs)
@@ -47,8 +54,7 @@ def curves(run_dirs: str | Path | Sequence[str | Path], out: str | Path, labels:
         if not rows:
             raise UserError(f"{folder}: no metrics there; give the run_dir of a run that has made a step")
 
-    figure = Figure(figsize=(9.6, 5.8), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
-    FigureCanvasAgg(figure)
+    figure = new_figure(9.6, 5.8)
     reward, entropy, kl, length = figure.subplots(2, 2, sharex=True).flat
     several = len(runs) > 1
     for rows, label, colour in zip(runs, labels, cycle(COLOURS)):
