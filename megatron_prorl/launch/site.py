@@ -14,8 +14,6 @@ from pydantic_core import PydanticCustomError
 from megatron_prorl.config.load import ConfigError, describe, read_yaml
 from megatron_prorl.config.schema import NonEmpty, Positive, Section
 
-EXECUTORS = ("slurm", "local", "skypilot")
-
 
 def _absolute(path: str) -> str:
     if not path.startswith("/"):
